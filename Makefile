@@ -1,0 +1,35 @@
+# Two commands: `make demo` and `make test`. Each sets up the environment first, once.
+VENV   ?= .venv
+PYTHON ?= python3
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow lint clean
+
+help:            ## what can be made
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(READY)   ## train, evaluate and audit a small DEQ language model on built-in text (2 cores: under 10 minutes)
+	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+	    scripts/train_lm.py recipes/demo_cpu.yaml
+
+test: $(READY) lint   ## the default test suite (2 cores: under 5 minutes)
+	$(BIN)/python -m pytest -n 2
+
+test-slow: $(READY)   ## the minutes-long tests
+	$(BIN)/python -m pytest -m slow
+
+lint: $(READY)   ## style, types and layering
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
+	$(BIN)/lint-imports
+
+clean:           ## remove the environment and what runs wrote
+	rm -rf $(VENV) runs cache

@@ -1,0 +1,111 @@
+"""Gradient by the implicit function theorem: solve u = J^T u + dL/dz*, then dL/dtheta = u^T df/dtheta, J = df/dz at z*.
+
+Nothing of the forward solve is kept but z*: the graph of the one differentiated evaluation is built in the backward pass,
+from copies of the inputs, under the autocast state and with the dropout mask that f was bound with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from deq_lm.adjoints.base import Adjoint, DifferentiableMap, Solve
+from deq_lm.solvers import Broyden, FixedPointSolver, Solution, StoppingRule, solve
+
+
+@dataclass(frozen=True, kw_only=True)
+class Implicit(Adjoint):
+    """The exact gradient of the equilibrium, up to the residuals of both solves.
+
+    Attributes:
+        solver: solves the (linear) adjoint equation. J^T carries influence from later to earlier positions, so the prefix
+            scope is applied to reversed time: inner products at t run over positions >= t.
+        stopping: its own rule. Only relative tolerances make sense here, gradients have no natural size.
+
+    References:
+        Bai, Kolter, Koltun 2019, "Deep equilibrium models", theorem 1.
+    """
+
+    solver: FixedPointSolver = field(default_factory=Broyden)
+    stopping: StoppingRule = field(default_factory=StoppingRule)
+
+    def apply(
+        self,
+        f: DifferentiableMap,
+        z0: Tensor,
+        solve: Solve,
+        *,
+        report: Callable[[Solution], None] | None = None,
+    ) -> tuple[Tensor, Solution]:
+        solution = solve(f, z0)
+        return _ImplicitGradient.apply(f, solution, self, report, *f.inputs), solution
+
+    def adjoint_solve(self, image: Tensor, z: Tensor, cotangent: Tensor) -> Solution:
+        """Solve u = J^T u + cotangent, all (B, L, D), where `image` = f(z) is recorded; rescaled, so exactly scale-free."""
+        backwards_in_time = self.solver.scope == "prefix"
+
+        def reversed_if_prefix(u: Tensor) -> Tensor:
+            return u.flip(1) if backwards_in_time else u
+
+        def transposed(u: Tensor) -> Tensor:
+            (product,) = torch.autograd.grad(image, z, reversed_if_prefix(u), retain_graph=True)
+            return reversed_if_prefix(product + cotangent)
+
+        start = reversed_if_prefix(cotangent)
+        solution = solve(transposed, start, solver=self.solver, stopping=self.stopping)
+        return _map_states(solution, reversed_if_prefix)
+
+
+class _ImplicitGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        f: DifferentiableMap,
+        solution: Solution,
+        adjoint: Implicit,
+        report: Callable[[Solution], None] | None,
+        *inputs: Tensor,
+    ) -> Tensor:
+        ctx.f, ctx.adjoint, ctx.report = f, adjoint, report
+        ctx.save_for_backward(solution.z, *inputs)
+        return solution.image.detach()  # a new tensor object: the Solution stays outside the graph
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (cotangent,) = grad_outputs
+        z, *inputs = ctx.saved_tensors
+        with torch.enable_grad():
+            z = z.detach().requires_grad_()
+            leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+            image = ctx.f.with_inputs(leaves)(z)
+        # A power of two takes the size of the loss out of the solve without touching a digit.
+        exponent = torch.frexp(cotangent.abs().amax(dim=tuple(range(1, cotangent.dim())), keepdim=True)).exponent
+        unit_cotangent = torch.ldexp(cotangent, -exponent)
+        if torch.isfinite(unit_cotangent).all():
+            solution = ctx.adjoint.adjoint_solve(image, z, unit_cotangent)
+            if ctx.report is not None:
+                ctx.report(solution)
+            u = torch.ldexp(solution.z, exponent)
+        else:  # a broken loss: let it through for the training loop to see
+            u = cotangent
+        return (None, None, None, None, *_gradients(image, leaves, u))
+
+
+def _gradients(image: Tensor, leaves: Sequence[Tensor], u: Tensor) -> tuple[Tensor | None, ...]:
+    return torch.autograd.grad(image, leaves, u, allow_unused=True) if leaves else ()
+
+
+def _map_states(solution: Solution, transform: Callable[[Tensor], Tensor]) -> Solution:
+    """The same solution with its per-position tensors transformed."""
+    return replace(
+        solution,
+        z=transform(solution.z),
+        image=transform(solution.image),
+        position_num_steps=transform(solution.position_num_steps),
+    )

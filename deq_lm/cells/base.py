@@ -1,0 +1,90 @@
+"""The cell contract: `bind` everything that does not depend on z once, then evaluate f(z) as often as a solver likes."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from deq_lm.cells.memory import Memory
+
+
+@dataclass(frozen=True)
+class Autocast:
+    """The autocast state of one moment, to be entered again later (in a backward pass, say)."""
+
+    device_type: str
+    enabled: bool
+    dtype: torch.dtype
+
+    @classmethod
+    def current(cls, device_type: str) -> Autocast:
+        return cls(device_type, torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type))
+
+    def enter(self) -> torch.autocast:
+        return torch.autocast(self.device_type, dtype=self.dtype, enabled=self.enabled)
+
+
+@dataclass(frozen=True)
+class BoundCell:
+    """f with all but z fixed: weights, injection, memory, one dropout mask, the autocast state.
+
+    Calling it is one evaluation. `tensors` are all that f reads besides z; those that require a gradient are `inputs`,
+    which an implicit adjoint needs by name because an `autograd.Function` cannot see into a closure.
+
+    Attributes:
+        evaluate: (z, tensors) -> f(z), both (B, L, D); pure.
+        tensors: what f reads, by name.
+        autocast: the mixed-precision state at `bind`; every evaluation runs under it, the backward pass included.
+    """
+
+    evaluate: Callable[[Tensor, Mapping[str, Tensor]], Tensor]
+    tensors: Mapping[str, Tensor]
+    autocast: Autocast
+
+    def __call__(self, z: Tensor) -> Tensor:
+        with self.autocast.enter():
+            return self.evaluate(z, self.tensors).to(z.dtype)
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """The tensors a gradient can flow to, in a fixed order."""
+        return tuple(self.tensors[name] for name in self._differentiable())
+
+    def with_inputs(self, inputs: Sequence[Tensor]) -> BoundCell:
+        """The same f reading `inputs` (ordered as `self.inputs`) instead of its own."""
+        return replace(self, tensors={**self.tensors, **dict(zip(self._differentiable(), inputs, strict=True))})
+
+    def _differentiable(self) -> list[str]:
+        return [name for name, tensor in self.tensors.items() if tensor.requires_grad]
+
+
+class Cell(nn.Module):
+    """The map f of a deep equilibrium model; knows neither solver nor loss."""
+
+    @abstractmethod
+    def bind(self, x: Tensor, memory: Memory | None = None, key_mask: Tensor | None = None) -> BoundCell:
+        """Fix everything but z for one solve.
+
+        Args:
+            x: the injected input (embedded tokens), (B, L, D).
+            memory: equilibria and inputs of earlier positions, or None at the start of a stream.
+            key_mask: (B, L) bool, False where a position is padding and must not be attended to.
+        """
+
+    @abstractmethod
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew (after construction on the meta device, say)."""
+
+    @abstractmethod
+    def remember(self, z: Tensor, x: Tensor, memory: Memory | None) -> Memory | None:
+        """The memory for the next segment, detached, cut to the cell's memory length (None if that is 0).
+
+        Args:
+            z: the equilibrium, (B, L, D).
+            x: the injected input it belongs to, (B, L, D).
+            memory: the memory this segment was given.
+        """

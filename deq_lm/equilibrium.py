@@ -1,0 +1,114 @@
+"""Equilibrium: a cell, a solver, a stopping rule and an adjoint make a layer of unbounded depth."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from deq_lm.adjoints import Adjoint, Implicit, Unrolled
+from deq_lm.cells.base import Cell
+from deq_lm.cells.memory import Memory
+from deq_lm.solvers import Broyden, FixedPointSolver, Picard, Solution, StoppingRule, solve
+
+
+@dataclass(frozen=True)
+class EquilibriumOutput:
+    """What one segment gives.
+
+    Attributes:
+        output: f(z*), (B, L, D), with the gradient.
+        memory: what the next segment may attend to; None if the cell keeps none.
+        solution: the forward solve's facts, without gradient.
+    """
+
+    output: Tensor
+    memory: Memory | None
+    solution: Solution
+
+
+class Equilibrium(nn.Module):
+    """Binds a cell once, solves z = f(z) from zero, and differentiates the solution.
+
+    The module holds the whole solve: under FSDP it is the unit to shard (called once per forward), and no collective runs
+    inside.
+
+    Attributes:
+        adjoint_solution: the `Solution` of the latest backward pass's adjoint solve; None before, or without one.
+    """
+
+    def __init__(
+        self,
+        cell: Cell,
+        *,
+        solver: FixedPointSolver | None = None,
+        stopping: StoppingRule | None = None,
+        evaluation_stopping: StoppingRule | None = None,
+        adjoint: Adjoint | None = None,
+    ) -> None:
+        """None takes the default of the class.
+
+        Args:
+            cell: the map.
+            solver: forward solver, default `Broyden()`.
+            stopping: default `StoppingRule()`.
+            evaluation_stopping: the rule in evaluation mode, default `stopping`.
+            adjoint: default `Implicit()`.
+        """
+        super().__init__()
+        self.cell = cell
+        self.solver = Broyden() if solver is None else solver
+        self.stopping = StoppingRule() if stopping is None else stopping
+        self.evaluation_stopping = self.stopping if evaluation_stopping is None else evaluation_stopping
+        self.adjoint = Implicit() if adjoint is None else adjoint
+        self.adjoint_solution: Solution | None = None
+
+    @classmethod
+    def unrolled(cls, cell: Cell, num_layers: int) -> Equilibrium:
+        """The weight-tied network of `num_layers` layers from the same cell: as many plain evaluations, backpropagated."""
+        return cls(cell, solver=Picard(), stopping=_layers(num_layers), adjoint=Unrolled())
+
+    def forward(
+        self,
+        x: Tensor,
+        memory: Memory | None = None,
+        *,
+        key_mask: Tensor | None = None,
+        stopping: StoppingRule | None = None,
+        num_unrolled_steps: int | None = None,
+    ) -> EquilibriumOutput:
+        """Solve one segment.
+
+        Args:
+            x: injected input, (B, L, D).
+            memory: of the segment before.
+            key_mask: (B, L) bool, False at padding.
+            stopping: overrides the rule of the current mode.
+            num_unrolled_steps: run this many plain evaluations and backpropagate through them instead (shallow
+                pretraining).
+        """
+        solver, adjoint = self.solver, self.adjoint
+        if num_unrolled_steps is not None:
+            solver, adjoint, stopping = Picard(), Unrolled(), _layers(num_unrolled_steps)
+        elif stopping is None:
+            stopping = self.stopping if self.training else self.evaluation_stopping
+        run = partial(solve, solver=solver, stopping=stopping)
+        f = self.cell.bind(x, memory, key_mask)
+        z0 = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
+        if torch.is_grad_enabled():
+            output, solution = adjoint.apply(f, z0, run, report=self._keep_adjoint_solution)
+        else:
+            solution = run(f, z0)
+            output = solution.image
+        return EquilibriumOutput(output, self.cell.remember(output, x, memory), solution)
+
+    def _keep_adjoint_solution(self, solution: Solution) -> None:
+        self.adjoint_solution = solution
+
+
+def _layers(num_layers: int) -> StoppingRule:
+    if num_layers < 1:
+        raise ValueError(f"{num_layers} unrolled layers: expected 1 or more; each is one evaluation of the cell.")
+    return StoppingRule.fixed(num_layers - 1)

@@ -1,0 +1,29 @@
+"""Every exception and warning deq_lm raises on purpose.
+
+A caller's mistake is a `ValueError` (these are subclasses, so that a script can print them as one line); the outcome of
+a solve is a value, `deq_lm.solvers.Outcome`, and becomes an exception only where a policy asks for one.
+"""
+
+
+class ConfigError(ValueError):
+    """A recipe, configuration or override is wrong: what was given, what is allowed, what to do."""
+
+
+class DataError(ValueError):
+    """A corpus, tokenizer or encoded file is missing, empty or unreadable."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint or run folder is damaged, belongs to another model, or is in the way."""
+
+
+class SolveError(RuntimeError):
+    """A solve did not converge and the policy is to raise."""
+
+
+class ConvergenceWarning(UserWarning):
+    """A solve did not converge and the policy is to warn."""
+
+
+class UnusedSettingWarning(UserWarning):
+    """A setting was given that has no effect in this configuration."""

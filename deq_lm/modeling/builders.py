@@ -1,0 +1,86 @@
+"""Plain mappings to components: the tables a new solver, adjoint or cell is added to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from deq_lm.adjoints import Adjoint, Implicit, JacobianFree, Phantom, Unrolled
+from deq_lm.cells.base import Cell
+from deq_lm.cells.transformer_xl import TransformerXLCell, TransformerXLConfig
+from deq_lm.solvers import Anderson, Broyden, FixedPointSolver, Picard, StoppingRule
+from deq_lm.structure import build, choose, to_mapping
+
+SOLVERS: dict[str, type[FixedPointSolver]] = {"broyden": Broyden, "anderson": Anderson, "picard": Picard}
+CELLS: dict[str, type] = {"transformer_xl": TransformerXLConfig}
+
+
+@dataclass(frozen=True)
+class ImplicitSettings:
+    """What an `implicit` section may say."""
+
+    solver: Mapping[str, Any] = field(default_factory=lambda: solver_mapping(Implicit().solver))
+    stopping: StoppingRule = field(default_factory=lambda: Implicit().stopping)
+
+
+ADJOINTS: dict[str, type] = {
+    "implicit": ImplicitSettings,
+    "jacobian_free": JacobianFree,
+    "phantom": Phantom,
+    "unrolled": Unrolled,
+}
+
+
+def build_solver(mapping: Mapping[str, Any], where: str) -> FixedPointSolver:
+    """A solver from {"name": ..., its fields}."""
+    return choose(SOLVERS, mapping, where)
+
+
+def build_stopping(mapping: Mapping[str, Any], where: str) -> StoppingRule:
+    """A stopping rule from its fields."""
+    return build(StoppingRule, mapping, where)
+
+
+def build_adjoint(mapping: Mapping[str, Any], where: str) -> Adjoint:
+    """An adjoint from {"name": ..., its fields}; `implicit` has sections `solver` and `stopping`."""
+    settings = choose(ADJOINTS, mapping, where)
+    if isinstance(settings, ImplicitSettings):
+        return Implicit(solver=build_solver(settings.solver, f"{where}.solver"), stopping=settings.stopping)
+    return settings
+
+
+def build_cell_config(mapping: Mapping[str, Any], where: str) -> TransformerXLConfig:
+    """A cell's configuration from {"name": ..., its fields}."""
+    return choose(CELLS, mapping, where)
+
+
+def build_cell(config: TransformerXLConfig) -> Cell:
+    """The cell a configuration describes."""
+    return TransformerXLCell(config)
+
+
+def solver_mapping(solver: FixedPointSolver) -> dict[str, Any]:
+    """The inverse of `build_solver`, complete with defaults."""
+    return _named(SOLVERS, solver)
+
+
+def adjoint_mapping(adjoint: Adjoint) -> dict[str, Any]:
+    """The inverse of `build_adjoint`, complete with defaults."""
+    if isinstance(adjoint, Implicit):
+        return {
+            "name": "implicit",
+            "solver": solver_mapping(adjoint.solver),
+            "stopping": to_mapping(adjoint.stopping),
+        }
+    return _named(ADJOINTS, adjoint)
+
+
+def cell_mapping(config: TransformerXLConfig) -> dict[str, Any]:
+    """The inverse of `build_cell_config`, complete with defaults."""
+    return _named(CELLS, config)
+
+
+def _named(table: Mapping[str, type], instance: Any) -> dict[str, Any]:
+    (name,) = [name for name, kind in table.items() if type(instance) is kind]
+    return {"name": name, **(to_mapping(instance) if fields(instance) else {})}

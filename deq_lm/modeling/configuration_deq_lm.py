@@ -1,0 +1,124 @@
+"""DEQLMConfig: what a checkpoint's config.json says about the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+from deq_lm.errors import ConfigError
+from deq_lm.modeling.builders import (
+    adjoint_mapping,
+    build_adjoint,
+    build_cell_config,
+    build_solver,
+    build_stopping,
+    cell_mapping,
+    solver_mapping,
+)
+from deq_lm.solvers import StoppingRule
+from deq_lm.structure import build, to_mapping
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """The `model` section of a recipe: everything but what the data decide.
+
+    Attributes:
+        cell: {"name": "transformer_xl", ...}, the map f.
+        depth: "equilibrium" solves z = f(z); "unrolled" evaluates f `num_layers` times, with the same parameters.
+        num_layers: evaluations of the unrolled model; null for an equilibrium.
+        solver: {"name": "broyden" | "anderson" | "picard", ...}, forward.
+        stopping: forward, in training.
+        evaluation_stopping: forward, in evaluation; null is `stopping`.
+        adjoint: {"name": "implicit" | "jacobian_free" | "phantom", ...}.
+    """
+
+    cell: Mapping[str, Any]
+    depth: Literal["equilibrium", "unrolled"] = "equilibrium"
+    num_layers: int | None = None
+    solver: Mapping[str, Any] = field(default_factory=lambda: {"name": "broyden"})
+    stopping: StoppingRule = field(default_factory=StoppingRule)
+    evaluation_stopping: StoppingRule | None = None
+    adjoint: Mapping[str, Any] = field(default_factory=lambda: {"name": "implicit"})
+
+
+@strict
+class DEQLMConfig(PreTrainedConfig):
+    """Configuration of `DEQLMForCausalLM`. Sections are plain mappings, resolved here to all their values.
+
+    Attributes: `vocab_size`, and those of `ModelSettings`.
+
+    Raises:
+        ConfigError: naming the place and the nearest valid key.
+    """
+
+    model_type = "deq_lm"
+    attribute_map = {"hidden_size": "d_model"}  # noqa: RUF012  (the library's protocol)
+
+    vocab_size: int = 32000
+    cell: dict | None = None
+    depth: str = "equilibrium"
+    num_layers: int | None = None
+    solver: dict | None = None
+    stopping: dict | None = None
+    evaluation_stopping: dict | None = None
+    adjoint: dict | None = None
+    tie_word_embeddings: bool = True
+    num_hidden_layers: int = 1
+    use_cache: bool = False
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.depth not in ("equilibrium", "unrolled"):
+            raise ConfigError(f"model.depth: {self.depth!r}; expected 'equilibrium' or 'unrolled'.")
+        if (self.depth == "unrolled") != (self.num_layers is not None):
+            raise ConfigError(
+                f"model.depth={self.depth} with num_layers={self.num_layers}: give num_layers to an unrolled model, and "
+                "only to one (an equilibrium has no number of layers; see stopping.max_steps)."
+            )
+        if self.num_layers is not None and self.num_layers < 1:
+            raise ConfigError(f"model.num_layers={self.num_layers}: expected 1 or more evaluations of the cell.")
+        self.cell = cell_mapping(build_cell_config(self.cell or {"name": "transformer_xl"}, "model.cell"))
+        self.solver = solver_mapping(build_solver(self.solver or {"name": "broyden"}, "model.solver"))
+        self.stopping = to_mapping(build_stopping(self.stopping or {}, "model.stopping"))
+        if self.evaluation_stopping is not None:
+            evaluation = build_stopping(self.evaluation_stopping, "model.evaluation_stopping")
+            self.evaluation_stopping = to_mapping(evaluation)
+        self.adjoint = adjoint_mapping(build_adjoint(self.adjoint or {"name": "implicit"}, "model.adjoint"))
+        super().__post_init__(**kwargs)
+
+    @property
+    def d_model(self) -> int:
+        """Width of the state."""
+        return self._cell["d_model"]
+
+    @property
+    def num_attention_heads(self) -> int:
+        return self._cell["num_heads"]
+
+    @property
+    def mem_len(self) -> int:
+        """Positions of memory a segment may attend to."""
+        return self._cell["mem_len"]
+
+    @property
+    def _cell(self) -> dict[str, Any]:
+        assert self.cell is not None  # resolved in __post_init__
+        return self.cell
+
+
+def build_config(mapping: Mapping[str, Any], vocab_size: int, **token_ids: int | None) -> DEQLMConfig:
+    """The configuration of a recipe's `model` section, strictly: an unknown key names the nearest valid one.
+
+    Raises:
+        ConfigError: with the dotted place.
+    """
+    settings = build(ModelSettings, mapping, "model")
+    plain = {key: value for key, value in to_mapping(settings).items() if value is not None}
+    return DEQLMConfig(vocab_size=vocab_size, **plain, **token_ids)

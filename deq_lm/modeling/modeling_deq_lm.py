@@ -1,0 +1,180 @@
+"""The language model, top to bottom: embed, solve for the equilibrium, score with the tied embedding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+
+from deq_lm.cells.memory import Memory
+from deq_lm.equilibrium import Equilibrium, EquilibriumOutput
+from deq_lm.heads.linear import token_nll
+from deq_lm.modeling.builders import (
+    build_adjoint,
+    build_cell,
+    build_cell_config,
+    build_solver,
+    build_stopping,
+)
+from deq_lm.modeling.configuration_deq_lm import DEQLMConfig
+from deq_lm.solvers import Solution, StoppingRule
+
+
+@dataclass
+class DEQLMOutput(ModelOutput):
+    """What a forward pass gives.
+
+    Attributes:
+        loss: mean nats per scored target, if targets were given.
+        nll_nats: the sum of nats it is the mean of.
+        num_targets: how many were scored, a 0-dim int64 tensor.
+        logits: (B, L, V) float32, if asked for.
+        last_hidden_state: f(z*), (B, L, D).
+        memory: for the next segment.
+        solution: facts of the forward solve.
+    """
+
+    loss: Tensor | None = None
+    nll_nats: Tensor | None = None
+    num_targets: Tensor | None = None
+    logits: Tensor | None = None
+    last_hidden_state: Tensor | None = None
+    memory: Memory | None = None
+    solution: Solution | None = None
+
+
+class DEQLMPreTrainedModel(PreTrainedModel):
+    """Initialization and loading, shared by the two model classes."""
+
+    config_class = DEQLMConfig
+    base_model_prefix = "model"
+    _no_split_modules = ["Equilibrium"]  # noqa: RUF012  (the library's protocol; the FSDP unit holds the whole solve)
+    _supports_sdpa = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=build_cell_config(self.config.cell, "model.cell").init_std)
+        elif isinstance(module, Equilibrium):
+            loaded = all(getattr(parameter, "_is_hf_initialized", False) for parameter in module.parameters())
+            if not loaded:
+                module.cell.reset_parameters()
+
+
+class DEQLMModel(DEQLMPreTrainedModel):
+    """Token ids to equilibrium states."""
+
+    def __init__(self, config: DEQLMConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
+        cell = build_cell(build_cell_config(config.cell, "model.cell"))
+        if config.depth == "unrolled":
+            self.equilibrium = Equilibrium.unrolled(cell, config.num_layers)
+        else:
+            evaluation = config.evaluation_stopping
+            self.equilibrium = Equilibrium(
+                cell,
+                solver=build_solver(config.solver, "model.solver"),
+                stopping=build_stopping(config.stopping, "model.stopping"),
+                evaluation_stopping=evaluation and build_stopping(evaluation, "model.evaluation_stopping"),
+                adjoint=build_adjoint(config.adjoint, "model.adjoint"),
+            )
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.embed_tokens = value
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        memory: Memory | None = None,
+        stopping: StoppingRule | None = None,
+        num_unrolled_steps: int | None = None,
+    ) -> EquilibriumOutput:
+        """Arguments as `DEQLMForCausalLM.forward`."""
+        x = self.embed_tokens(input_ids) * self.config.d_model**0.5  # (B, L, D)
+        key_mask = None if attention_mask is None else attention_mask.bool()
+        return self.equilibrium(x, memory, key_mask=key_mask, stopping=stopping, num_unrolled_steps=num_unrolled_steps)
+
+
+class DEQLMForCausalLM(DEQLMPreTrainedModel, GenerationMixin):
+    """A deep equilibrium language model, or with `depth="unrolled"` the weight-tied network of the same parameters."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: DEQLMConfig) -> None:
+        super().__init__(config)
+        self.model = DEQLMModel(config)
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.post_init()
+
+    @property
+    def adjoint_solution(self) -> Solution | None:
+        """Facts of the latest backward pass's adjoint solve; None before it, or if the adjoint has none."""
+        return self.model.equilibrium.adjoint_solution
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        targets: Tensor | None = None,
+        memory: Memory | None = None,
+        stopping: StoppingRule | None = None,
+        num_unrolled_steps: int | None = None,
+        return_logits: bool = True,
+        logits_to_keep: int = 0,
+        **unsupported: Any,
+    ) -> DEQLMOutput:
+        """One segment.
+
+        Args:
+            input_ids: (B, L) int64.
+            attention_mask: (B, L), 0 at padding, which is not attended to. Left padding changes nothing for the rest.
+            labels: (B, L), the library's convention: the same ids, shifted inside, so the last position is not scored.
+            targets: (B, L), the token after each position; -100 is not scored. Use either this or `labels`.
+            memory: `DEQLMOutput.memory` of the segment before in the same streams.
+            stopping: overrides the configured stopping rule.
+            num_unrolled_steps: plain evaluations to run and backpropagate through instead of the solve.
+            return_logits: False saves their memory; the loss is computed in chunks either way.
+            logits_to_keep: only the logits of this many last positions; 0 is all.
+            unsupported: refused, unless None or False.
+
+        Raises:
+            ValueError: for arguments that contradict each other or are not supported.
+        """
+        refused = [name for name, value in unsupported.items() if value not in (None, False) and name != "position_ids"]
+        if refused:
+            raise ValueError(
+                f"DEQLMForCausalLM got {', '.join(refused)}, which it does not support; it takes input_ids, "
+                "attention_mask, labels or targets, memory, stopping, num_unrolled_steps, return_logits."
+            )
+        if labels is not None:
+            if targets is not None:
+                raise ValueError("Give labels (shifted inside) or targets (shifted already), not both.")
+            targets = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], dim=1)
+        hidden = self.model(
+            input_ids,
+            attention_mask,
+            memory=memory,
+            stopping=stopping,
+            num_unrolled_steps=num_unrolled_steps,
+        )
+        output = DEQLMOutput(last_hidden_state=hidden.output, memory=hidden.memory, solution=hidden.solution)
+        if targets is not None:
+            output.nll_nats, output.num_targets = token_nll(hidden.output, self.lm_head.weight, targets)
+            output.loss = output.nll_nats / output.num_targets.clamp(min=1)
+        if return_logits:
+            output.logits = self.lm_head(hidden.output[:, -logits_to_keep:]).float()
+        return output

@@ -1,0 +1,22 @@
+"""Find z with f(z) = z. Knows nothing of gradients, cells or text."""
+
+from deq_lm.solvers.anderson import Anderson
+from deq_lm.solvers.base import FixedPointSolver, SolverState
+from deq_lm.solvers.broyden import Broyden
+from deq_lm.solvers.picard import Picard
+from deq_lm.solvers.solution import ResidualTrace, Solution
+from deq_lm.solvers.solve import solve
+from deq_lm.solvers.stopping import Outcome, StoppingRule
+
+__all__ = [
+    "Anderson",
+    "Broyden",
+    "FixedPointSolver",
+    "Outcome",
+    "Picard",
+    "ResidualTrace",
+    "Solution",
+    "SolverState",
+    "StoppingRule",
+    "solve",
+]

@@ -1,0 +1,63 @@
+"""What a fixed-point solver is: a start and a step. When to stop is not its business."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from deq_lm._types import FixedPointMap, Scope
+from deq_lm.solvers.scope import hold
+
+
+@dataclass(frozen=True)
+class SolverState:
+    """Where a solver stands; a solver with a memory extends it.
+
+    Attributes:
+        point: z, (B, L, ...).
+        image: f(z) of that very z (frozen units keep theirs).
+        residual: image - point, undamped.
+        num_evaluations: evaluations of f so far, per call of f on the whole batch.
+    """
+
+    point: Tensor
+    image: Tensor
+    residual: Tensor
+    num_evaluations: int
+
+
+class FixedPointSolver(ABC):
+    """Produces better and better z for f(z) = z.
+
+    Attributes:
+        scope: what its coefficients look at, and what the stopping rule judges as one; see `deq_lm.solvers.scope`.
+        differentiable: whether its steps can be recorded by autograd.
+    """
+
+    scope: Scope
+    differentiable: ClassVar[bool] = False
+
+    def init(self, f: FixedPointMap, z0: Tensor) -> SolverState:
+        """Evaluate f at the start."""
+        image = f(z0)
+        return SolverState(z0, image, image - z0, 1)
+
+    @abstractmethod
+    def step(self, f: FixedPointMap, state: SolverState, active: Tensor | None) -> SolverState:
+        """One step.
+
+        Args:
+            f: the map.
+            state: what `init` or the last `step` returned.
+            active: (B, U) bool: the units to move; the others stay as they are. None moves all.
+        """
+
+
+def evaluate(f: FixedPointMap, proposal: Tensor, state: SolverState, active: Tensor | None) -> SolverState:
+    """Move the active units to `proposal` and evaluate f there: the end of every step that costs one evaluation."""
+    point = hold(active, proposal, state.point)
+    image = hold(active, f(point), state.image)
+    return SolverState(point, image, image - point, state.num_evaluations + 1)

@@ -1,0 +1,29 @@
+"""Residual norms per unit, and the only epsilon of the package: the rounding of the dtype at hand, always relative."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from deq_lm._types import Scope
+from deq_lm.solvers.scope import split_units
+
+
+def unit_norm(z: Tensor, scope: Scope) -> Tensor:
+    """Euclidean norm of each unit's own entries, (B, U): of the sequence, or of each position."""
+    return torch.linalg.vector_norm(split_units(z, scope), dim=-1)
+
+
+def sequence_norm(unit_norms: Tensor) -> Tensor:
+    """Euclidean norm of whole sequences, (B,), from the norms of their units (B, U)."""
+    return torch.linalg.vector_norm(unit_norms, dim=1)
+
+
+def relative(norm: Tensor, scale: Tensor) -> Tensor:
+    """norm / scale, and 0 where both are 0 (a solution at the origin is solved exactly)."""
+    return torch.where(norm == 0, torch.zeros_like(norm), norm / scale)
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """Relative size below which a difference of two vectors of this dtype is noise."""
+    return 8 * torch.finfo(dtype).eps

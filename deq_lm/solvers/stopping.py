@@ -1,0 +1,170 @@
+"""When a solve stops, and why it stopped: one rule for all solvers, applied to each unit of the scope on its own.
+
+A unit is a sequence, or under the prefix scope a prefix: position t converges at the first step at which *every* position
+<= t satisfies ||f(z) - z|| <= atol + rtol ||f(z)||. When and why t stops is thus a function of tokens <= t. A unit that
+has stopped is frozen; it may stop only together with or after all units before it, so that the image of a frozen unit
+stays the image of what is returned. (A unit that diverges is frozen at once; `solve` repairs its image.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+
+class Outcome(IntEnum):
+    """Why a unit stopped, in order of severity: a sequence's outcome is the largest of its units'."""
+
+    CONVERGED = 0
+    MAX_STEPS = 1
+    STALLED = 2
+    DIVERGED = 3
+    NON_FINITE = 4
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where each unit of a solve stands. All tensors are (B, U).
+
+    Attributes:
+        active: still being iterated.
+        outcome: int8 code of `Outcome`; MAX_STEPS while active.
+        num_steps: steps taken while active.
+        num_evaluations: evaluations of f while active.
+        best_norm: smallest finite residual norm so far (inf if none was); the norm of a prefix is the largest among its
+            positions.
+        improved: whether the last state is the best so far.
+        mark_norm: residual norm at the last marked improvement.
+        steps_since_mark: steps since then.
+        limit: norm of residual or image above which the unit has diverged.
+    """
+
+    active: Tensor
+    outcome: Tensor
+    num_steps: Tensor
+    num_evaluations: Tensor
+    best_norm: Tensor
+    improved: Tensor
+    mark_norm: Tensor
+    steps_since_mark: Tensor
+    limit: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoppingRule:
+    """Stop a unit when it is solved, hopeless, or out of budget.
+
+    Attributes:
+        max_steps: steps a solver may take; a solve costs one evaluation more than its steps. 0 evaluates f once.
+        rtol: relative tolerance, of the norm of f(z).
+        atol: absolute tolerance. Needed only where the solution is zero; it is not scale-free.
+        patience: stop as STALLED after this many steps without 1 % of improvement; None never does. It is what ends
+            maps without a fixed point, such as z + c, whose relative residual falls for ever.
+        divergence_factor: stop as DIVERGED when the residual or the image exceeds this many times the first residual and
+            image together; None never does. Far out any residual is small relative to the image.
+        check_every: ask the device whether all units have stopped every this many steps. The question makes the host
+            wait; results and counts do not depend on it.
+
+    Raises:
+        ValueError: if a value is out of range.
+    """
+
+    max_steps: int = 30
+    rtol: float = 1e-3
+    atol: float = 0.0
+    patience: int | None = 20
+    divergence_factor: float | None = 1e4
+    check_every: int = 1
+
+    def __post_init__(self) -> None:
+        if self.max_steps < 0:
+            raise ValueError(
+                f"StoppingRule(max_steps={self.max_steps}): expected 0 or more. 0 evaluates f once and returns the start."
+            )
+        for name in ("rtol", "atol"):
+            value = getattr(self, name)
+            if not 0.0 <= value < float("inf"):
+                raise ValueError(
+                    f"StoppingRule({name}={value}): expected a finite value >= 0. With atol = rtol = 0 all steps are taken."
+                )
+        if self.patience is not None and self.patience < 1:
+            raise ValueError(f"StoppingRule(patience={self.patience}): expected 1 or more, or None for no limit.")
+        if self.divergence_factor is not None and not self.divergence_factor > 1:
+            raise ValueError(
+                f"StoppingRule(divergence_factor={self.divergence_factor}): expected a value above 1, or None for no limit."
+            )
+        if self.check_every < 1:
+            raise ValueError(f"StoppingRule(check_every={self.check_every}): expected 1 or more steps.")
+
+    @classmethod
+    def fixed(cls, num_steps: int) -> StoppingRule:
+        """Take exactly `num_steps` steps, whatever the residual (unless it becomes exactly zero, or non-finite)."""
+        return cls(max_steps=num_steps, rtol=0.0, atol=0.0, patience=None, divergence_factor=None)
+
+    def begin(self, norm: Tensor, image_norm: Tensor, num_evaluations: int) -> Progress:
+        """Judge the start. `norm` and `image_norm` are ||f(z) - z|| and ||f(z)|| of each unit, (B, U)."""
+        running = norm.cummax(dim=1).values
+        factor = float("inf") if self.divergence_factor is None else self.divergence_factor
+        counts = torch.zeros_like(norm, dtype=torch.int32)
+        start = Progress(
+            active=torch.ones_like(norm, dtype=torch.bool),
+            outcome=torch.full_like(norm, Outcome.MAX_STEPS, dtype=torch.int8),
+            num_steps=counts,
+            num_evaluations=counts + num_evaluations,
+            best_norm=torch.full_like(norm, float("inf")),
+            improved=torch.ones_like(norm, dtype=torch.bool),
+            mark_norm=torch.full_like(norm, float("inf")),
+            steps_since_mark=counts,
+            limit=factor * (running + image_norm.cummax(dim=1).values),
+        )
+        return self._judge(start, norm, image_norm)
+
+    def advance(self, progress: Progress, norm: Tensor, image_norm: Tensor, num_evaluations: int) -> Progress:
+        """Judge the units after one more step, which cost `num_evaluations`."""
+        taken = progress.active.to(torch.int32)
+        stepped = replace(
+            progress,
+            num_steps=progress.num_steps + taken,
+            num_evaluations=progress.num_evaluations + taken * num_evaluations,
+            steps_since_mark=progress.steps_since_mark + taken,
+        )
+        return self._judge(stepped, norm, image_norm)
+
+    def _judge(self, progress: Progress, norm: Tensor, image_norm: Tensor) -> Progress:
+        active = progress.active
+        finite = torch.isfinite(norm)
+        # A failed unit makes every longer prefix fail with it: inf is the largest norm there is.
+        running = torch.where(finite, norm, float("inf")).cummax(dim=1).values
+        improved = active & (running < progress.best_norm)
+        marked = active & (running < 0.99 * progress.mark_norm)
+        since_mark = torch.where(marked, 0, progress.steps_since_mark)
+
+        solved = _all_up_to(finite & (norm <= self.atol + self.rtol * image_norm))
+        outcome = torch.full_like(progress.outcome, Outcome.MAX_STEPS)
+        if self.patience is not None:
+            outcome = torch.where(since_mark >= self.patience, int(Outcome.STALLED), outcome)
+        outcome = torch.where(solved, int(Outcome.CONVERGED), outcome)
+        too_large = (running > progress.limit) | (image_norm > progress.limit)
+        outcome = torch.where(too_large, int(Outcome.DIVERGED), outcome)
+        outcome = torch.where(torch.isinf(running), int(Outcome.NON_FINITE), outcome).to(torch.int8)
+
+        failed = outcome >= Outcome.DIVERGED
+        stopping = ~active | (outcome != Outcome.MAX_STEPS)
+        stops = active & (failed | _all_up_to(stopping))
+        return replace(
+            progress,
+            active=active & ~stops,
+            outcome=torch.where(stops, outcome, progress.outcome),
+            best_norm=torch.where(improved, running, progress.best_norm),
+            improved=improved,
+            mark_norm=torch.where(marked, running, progress.mark_norm),
+            steps_since_mark=since_mark,
+        )
+
+
+def _all_up_to(condition: Tensor) -> Tensor:
+    """Whether a condition holds at this unit and all before it, (B, U) bool."""
+    return condition if condition.shape[1] == 1 else (~condition).cumsum(dim=1) == 0

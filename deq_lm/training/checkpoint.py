@@ -1,0 +1,312 @@
+"""Checkpoints: everything the next step depends on, in a folder that is complete and unaltered, or not used.
+
+A folder `step_00000100` is written aside, synced, sealed by `manifest.json` (size and SHA-256 of every file) and renamed.
+A crash at any moment leaves the older ones as they were. Neither safetensors nor `torch.load` notices a flipped bit, and
+Accelerate's `save_state` writes in place: hence the manifest.
+
+| file | holds |
+|---|---|
+| config.json, model.safetensors, tokenizer files | the model, as `from_pretrained` reads it |
+| optimizer.pt | the optimizer's state, read with `weights_only=True` |
+| state.json | recipe, data fingerprint, number of processes, progress, schedule |
+| rank_00000.json, rank_00000.safetensors | of one process: stream position, metrics so far, memory, random state |
+| manifest.json | size and SHA-256 of all the others |
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import random
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError
+from safetensors.torch import load_file, load_model, save_file
+from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from deq_lm.cells.memory import Memory
+from deq_lm.data.streams import ContiguousStreams
+from deq_lm.errors import CheckpointError, ConfigError
+from deq_lm.structure import build, to_mapping
+from deq_lm.training.durable import begin_folder, publish_folder, remove_folder, write_text
+from deq_lm.training.tracking import Interval
+
+MANIFEST = "manifest.json"
+
+MAY_CHANGE = (
+    "recipe.name",
+    "recipe.data.data_dir",
+    "recipe.data.cache_dir",
+    "recipe.training.output_dir",
+    "recipe.training.max_steps",
+    "recipe.training.log_every",
+    "recipe.training.evaluate_every",
+    "recipe.training.checkpoint_every",
+    "recipe.training.keep_checkpoints",
+    "recipe.training.track",
+    "recipe.evaluation",
+)
+"""Settings a run may be continued with another value of: they decide no update of the weights (or, as max_steps,
+are meant to be raised). The data itself is compared by its fingerprint."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Progress:
+    """How far a run is, over all processes.
+
+    Attributes:
+        step: steps taken, the skipped ones included.
+        num_tokens: targets trained on.
+        num_skipped: steps whose update was left out because a loss or gradient was not finite.
+        num_skipped_in_a_row: of these, how many directly precede now.
+    """
+
+    step: int = 0
+    num_tokens: int = 0
+    num_skipped: int = 0
+    num_skipped_in_a_row: int = 0
+
+
+@dataclass
+class TrainingState:
+    """All that a step reads and changes, on one process; `memory` is of this process's streams."""
+
+    model: PreTrainedModel
+    optimizer: torch.optim.Optimizer
+    schedule: LRScheduler
+    streams: ContiguousStreams
+    memory: Memory | None = None
+    progress: Progress = field(default_factory=Progress)
+    interval: Interval = field(default_factory=Interval)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a run must have in common with the checkpoint it continues from."""
+
+    recipe: Mapping[str, Any]
+    model_config: Mapping[str, Any]
+    data_fingerprint: str
+    num_processes: int
+
+
+def save(
+    folder: Path,
+    state: TrainingState,
+    identity: Identity,
+    tokenizer: PreTrainedTokenizerBase,
+    accelerator: Accelerator,
+    *,
+    keep: int,
+) -> Path:
+    """Write `folder`/step_XXXXXXXX together with all other processes, then remove all but the `keep` newest.
+
+    Raises:
+        CheckpointError: the disk is full, or the folder cannot be written; older checkpoints are as they were.
+    """
+    path = folder / f"step_{state.progress.step:08d}"
+    aside = path.with_name(f".{path.name}.incomplete")
+    try:
+        if accelerator.is_main_process:
+            begin_folder(path)
+        accelerator.wait_for_everyone()
+        _write_own_files(aside, state, accelerator.process_index)
+        if accelerator.is_main_process:
+            _write_shared_files(aside, state, identity, tokenizer)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            write_manifest(aside)
+            publish_folder(aside, path)
+            for old in _folders(folder)[keep:]:
+                remove_folder(old)
+        accelerator.wait_for_everyone()
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise CheckpointError(
+            f"{path}: could not be written ({error}); the checkpoints before it are intact. Free some space, "
+            "then continue with --resume."
+        ) from error
+    return path
+
+
+def newest_complete(folder: Path) -> Path | None:
+    """The newest checkpoint in `folder` that is complete and unaltered; damaged ones are logged and passed over.
+
+    Returns:
+        None if there is no checkpoint at all, damaged or not.
+
+    Raises:
+        CheckpointError: there are checkpoints, and all are damaged.
+    """
+    problems = []
+    for path in _folders(folder):
+        problem = damage(path)
+        if problem is None:
+            return path
+        logger.warning("checkpoint passed over: %s", problem)
+        problems.append(problem)
+    if problems:
+        raise CheckpointError(
+            f"{folder}: no checkpoint is complete ({'; '.join(problems)}); restore one from a copy, or start again "
+            "in a new training.output_dir."
+        )
+    return None
+
+
+def restore(path: Path, state: TrainingState, identity: Identity, *, rank: int) -> None:
+    """Put `state`, and this process's random generators, where they were when `path` was saved.
+
+    Raises:
+        CheckpointError: the checkpoint is of another recipe, model, vocabulary, data or number of processes; each
+            difference is named, and nothing has been changed.
+    """
+    shared = json.loads((path / "state.json").read_text("utf-8"))
+    _refuse_differences(path, build(Identity, shared["identity"], "identity"), identity)
+    own = json.loads((path / f"rank_{rank:05d}.json").read_text("utf-8"))
+    tensors = load_file(path / f"rank_{rank:05d}.safetensors")
+    device = next(state.model.parameters()).device
+
+    load_model(state.model, path / "model.safetensors")
+    state.optimizer.load_state_dict(torch.load(path / "optimizer.pt", map_location=device, weights_only=True))
+    state.schedule.load_state_dict(shared["schedule"])
+    state.streams.load_state_dict(own["streams"])
+    state.progress = Progress(**shared["progress"])
+    state.interval = Interval(**own["interval"])
+    state.memory = None
+    if "memory.z" in tensors:
+        state.memory = Memory(tensors["memory.z"].to(device), tensors["memory.x"].to(device))
+    _set_random_state(own["random"], tensors)
+
+
+def write_manifest(folder: Path) -> None:
+    """Seal `folder`: list the size and SHA-256 of every file in it."""
+    write_text(folder / MANIFEST, json.dumps({"files": _list_files(folder)}, indent=1))
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint's files, naming the first such file; None if they are as they were written."""
+    try:
+        recorded = json.loads((path / MANIFEST).read_text("utf-8"))["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{path / MANIFEST}: missing or unreadable"
+    found = _list_files(path)
+    for name in sorted({*recorded, *found}):
+        if name not in found:
+            return f"{path / name}: missing"
+        if name not in recorded:
+            return f"{path / name}: not in the manifest"
+        if recorded[name] != found[name]:
+            return f"{path / name}: differs from its size or SHA-256 in the manifest"
+    return None
+
+
+def _folders(folder: Path) -> list[Path]:
+    """The checkpoints in `folder`, newest first."""
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if re.fullmatch(r"step_\d{8,}", path.name)]
+    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
+
+
+def _list_files(folder: Path) -> dict[str, dict[str, Any]]:
+    listing = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != MANIFEST:
+            with open(path, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            listing[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": digest}
+    return listing
+
+
+def _write_shared_files(
+    folder: Path, state: TrainingState, identity: Identity, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    state.model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    torch.save(state.optimizer.state_dict(), folder / "optimizer.pt")
+    shared = {
+        "identity": to_mapping(identity),
+        "progress": to_mapping(state.progress),
+        "schedule": state.schedule.state_dict(),
+    }
+    write_text(folder / "state.json", json.dumps(shared, indent=1, allow_nan=False))
+
+
+def _write_own_files(folder: Path, state: TrainingState, rank: int) -> None:
+    random_state, tensors = _random_state()
+    if state.memory is not None:
+        tensors["memory.z"] = state.memory.z.contiguous()
+        tensors["memory.x"] = state.memory.x.contiguous()
+    save_file(tensors, folder / f"rank_{rank:05d}.safetensors")
+    own = {
+        "streams": state.streams.state_dict(),
+        "interval": to_mapping(state.interval),
+        "random": random_state,
+    }
+    write_text(folder / f"rank_{rank:05d}.json", json.dumps(own, allow_nan=False))
+
+
+def _random_state() -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The state of every generator a step may draw from: numbers for JSON, tensors for safetensors."""
+    version, internal, gauss = random.getstate()
+    kind, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002 - the global one is meant
+    tensors = {"random.torch": torch.get_rng_state(), "random.numpy": torch.from_numpy(np.array(keys))}
+    if torch.cuda.is_available():
+        tensors["random.cuda"] = torch.cuda.get_rng_state()
+    return {
+        "python": [version, list(internal), gauss],
+        "numpy": [kind, position, has_gauss, cached],
+    }, tensors
+
+
+def _set_random_state(numbers: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    version, internal, gauss = numbers["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, *rest = numbers["numpy"]
+    np.random.set_state((kind, tensors["random.numpy"].numpy(), *rest))  # noqa: NPY002
+    torch.set_rng_state(tensors["random.torch"])
+    if "random.cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["random.cuda"])
+
+
+def _refuse_differences(path: Path, saved: Identity, current: Identity) -> None:
+    if saved.num_processes != current.num_processes:
+        raise CheckpointError(
+            f"{path}: was written by {saved.num_processes} process(es), and this run has {current.num_processes}; "
+            f"each owns some of the streams. Start {saved.num_processes}, or begin a new run."
+        )
+    old, new = _flat(to_mapping(saved)), _flat(to_mapping(current))
+    differences = [
+        f"{name}: {json.dumps(old.get(name))} there, {json.dumps(new.get(name))} here"
+        for name in sorted({*old, *new})
+        if old.get(name) != new.get(name) and not name.startswith(MAY_CHANGE)
+    ]
+    if differences:
+        raise CheckpointError(
+            f"{path}: belongs to another run ({'; '.join(differences)}); give the settings it was written with, "
+            "or begin a new run in another training.output_dir."
+        )
+
+
+def _flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as one mapping from dotted names to values."""
+    flat = {}
+    for key, value in mapping.items():
+        if isinstance(value, Mapping) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -1,0 +1,182 @@
+"""The recipe: everything that decides a run, as one typed value read from one complete YAML file.
+
+`load_recipe("recipes/demo_cpu.yaml", ["training.max_steps=60"])` reads, applies the overrides and checks all
+of it before anything is computed or written. There is no inheritance between recipes; `recipe_text` gives
+back every setting, so that the file in a run folder says what happened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from deq_lm.data.encoding import DataConfig
+from deq_lm.errors import ConfigError
+from deq_lm.evaluation import EvaluationConfig
+from deq_lm.modeling.builders import build_config
+from deq_lm.structure import build, to_mapping
+from deq_lm.training.optimizer import OptimizerConfig
+from deq_lm.training.schedules import ScheduleConfig
+from deq_lm.training.strict_yaml import parse_yaml, read_yaml
+
+ANY_VOCAB_SIZE = 1000
+"""Stands in for the tokenizer's vocabulary while a model section is only checked."""
+
+
+@dataclass(frozen=True)
+class PretrainingConfig:
+    """Shallow pretraining: the first steps go through a few plain evaluations of the cell instead of a solve.
+
+    Attributes:
+        fraction: share of the schedule's steps, in [0, 1].
+        num_layers: evaluations of the cell per step of that stretch, all differentiated; >= 1.
+    """
+
+    fraction: float
+    num_layers: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.fraction <= 1:
+            raise ValueError(f"fraction={self.fraction}: expected a share of the steps in [0, 1].")
+        if self.num_layers < 1:
+            raise ValueError(f"num_layers={self.num_layers}: expected at least 1.")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How to train. One step is one update of the weights.
+
+    Attributes:
+        output_dir: the run folder; must not exist, or be empty, unless the run is resumed.
+        max_steps: steps in all.
+        batch_size: parallel streams of text, over all processes together.
+        segment_length: tokens per stream and forward pass.
+        gradient_accumulation: consecutive segments of every stream that make one step.
+        optimizer: see `OptimizerConfig`.
+        schedule: see `ScheduleConfig`.
+        clip_norm: largest global gradient norm, or None for no clipping.
+        pretraining: shallow pretraining, or None.
+        mixed_precision: "bf16" runs the cell under autocast; None leaves it to `accelerate launch`.
+        log_every: steps between lines of metrics.
+        evaluate_every: steps between evaluations of the validation split, or None.
+        checkpoint_every: steps between checkpoints; the last step always leaves one.
+        keep_checkpoints: how many of the newest checkpoints to keep.
+        track: write TensorBoard files as well.
+    """
+
+    output_dir: str
+    max_steps: int
+    batch_size: int
+    segment_length: int
+    gradient_accumulation: int
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+    clip_norm: float | None
+    pretraining: PretrainingConfig | None
+    mixed_precision: Literal["bf16"] | None
+    log_every: int
+    evaluate_every: int | None
+    checkpoint_every: int
+    keep_checkpoints: int
+    track: bool
+
+    def __post_init__(self) -> None:
+        for name in _COUNTS:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value}: expected at least 1.")
+        if self.clip_norm is not None and self.clip_norm <= 0:
+            raise ValueError(f"clip_norm={self.clip_norm}: expected more than 0, or null for no clipping.")
+        decay_steps = self.schedule.decay_steps
+        if decay_steps is not None and decay_steps < self.max_steps:
+            raise ValueError(
+                f"schedule.decay_steps={decay_steps}: expected at least max_steps={self.max_steps}, or null; "
+                "no schedule is defined after its end."
+            )
+        if not self.output_dir.strip():
+            raise ValueError("output_dir is empty: give the folder the run is written to.")
+
+    @property
+    def num_pretraining_steps(self) -> int:
+        if self.pretraining is None:
+            return 0
+        return round(self.pretraining.fraction * (self.schedule.decay_steps or self.max_steps))
+
+
+_COUNTS = (
+    "max_steps",
+    "batch_size",
+    "segment_length",
+    "gradient_accumulation",
+    "log_every",
+    "evaluate_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A run: what is trained on what, how, and how it is measured.
+
+    Attributes:
+        name: a short name, for people.
+        seed: of the initial weights and the dropout masks, >= 0.
+        data: corpus, tokenizer, cache.
+        model: the fields of the model's configuration, as `deq_lm.modeling.builders.build_config` takes them.
+        training: how to train.
+        evaluation: how to measure, during training and at its end.
+    """
+
+    name: str
+    seed: int
+    data: DataConfig
+    model: Mapping[str, Any]
+    training: TrainingConfig
+    evaluation: EvaluationConfig
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed={self.seed}: expected a whole number from 0 to 2**32 - 1.")
+        build_config(self.model, vocab_size=ANY_VOCAB_SIZE)  # raises on a wrong section
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in a YAML file, with overrides such as "training.max_steps=60" applied.
+
+    Raises:
+        ConfigError: the file or an override cannot be read, or a setting is unknown, missing, of the wrong
+            type or out of range; the message starts with the file or the setting's dotted place.
+    """
+    mapping = read_yaml(Path(path))
+    for override in overrides:
+        apply_override(mapping, override)
+    return build(Recipe, mapping, "recipe")
+
+
+def recipe_text(recipe: Recipe) -> str:
+    """The complete YAML text of a recipe; `load_recipe` of it gives the same recipe."""
+    return yaml.safe_dump(to_mapping(recipe), sort_keys=False, allow_unicode=True)
+
+
+def apply_override(mapping: dict[str, Any], override: str) -> None:
+    """Set in place what "section.key=value" says; whether the key exists is for `build` to find out.
+
+    Raises:
+        ConfigError: the text has no '=', or its value is no YAML, or its path leads through a value.
+    """
+    place, equals, text = override.partition("=")
+    keys = place.split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"{override!r}: expected section.key=value, for example training.max_steps=60.")
+    section = mapping
+    for key in keys[:-1]:
+        inner = section.get(key)
+        if inner is not None and not isinstance(inner, dict):
+            raise ConfigError(f"{override!r}: {key} is a value, not a section with keys.")
+        section[key] = section = {} if inner is None else inner
+    section[keys[-1]] = parse_yaml(text, where=f"override {place}")

@@ -1,0 +1,133 @@
+"""The run folder: where everything about one run is written, and the refusal to write over another one.
+
+| name | holds |
+|---|---|
+| recipe.yaml | the resolved recipe, every setting and override |
+| versions.json | for each start of the run: its step, versions, machine, commit |
+| metrics.jsonl | one JSON line per log step and evaluation |
+| tensorboard/ | the same for TensorBoard |
+| checkpoints/step_00000100/ | see `deq_lm.training.checkpoint` |
+| final/ | the trained model and its tokenizer, for `from_pretrained`, and evaluation.json |
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import torch
+import transformers
+
+from deq_lm.errors import CheckpointError
+from deq_lm.training.durable import write_text
+from deq_lm.training.recipe import Recipe, recipe_text
+
+PACKAGE_ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The places in a run folder."""
+
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        return self.path / "recipe.yaml"
+
+    @property
+    def versions(self) -> Path:
+        return self.path / "versions.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def final(self) -> Path:
+        return self.path / "final"
+
+    def check(self, *, resume: bool) -> None:
+        """Refuse a folder that holds something else, without touching it.
+
+        Raises:
+            CheckpointError: it is no folder; or it holds files, and the run is not resumed or they are no run's.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise CheckpointError(f"{self.path}: is a file; set training.output_dir to a folder.")
+        used = self.path.is_dir() and any(self.path.iterdir())
+        if used and not resume:
+            raise CheckpointError(
+                f"{self.path}: already holds files, and a run is never overwritten; continue it with --resume, "
+                "or set training.output_dir to a new folder."
+            )
+        if used and not self.recipe.exists():
+            raise CheckpointError(
+                f"{self.path}: holds files but no recipe.yaml, so it is no run to resume; set "
+                "training.output_dir to the folder of the run, or to a new one without --resume."
+            )
+
+    def open(self, recipe: Recipe, *, step: int) -> None:
+        """Write what describes the run, and drop metrics of steps after `step`, which will be taken again.
+
+        Raises:
+            CheckpointError: the folder cannot be written.
+        """
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            write_text(self.recipe, recipe_text(recipe))
+            starts = json.loads(self.versions.read_text("utf-8")) if self.versions.exists() else []
+            write_text(self.versions, json.dumps([*starts, {"step": step, **versions()}], indent=1))
+            kept = [line for line in self._metrics_lines() if json.loads(line)["step"] <= step]
+            write_text(self.metrics, "".join(line + "\n" for line in kept))
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.path}: cannot be written ({error.strerror}); set training.output_dir to another folder."
+            ) from error
+
+    def _metrics_lines(self) -> Iterator[str]:
+        """The whole lines of metrics.jsonl; a kill can leave a last line without its end."""
+        if self.metrics.exists():
+            yield from self.metrics.read_text("utf-8").split("\n")[:-1]
+
+
+def versions() -> dict[str, Any]:
+    """What this process runs on: versions of the software, the machine, the commit if the package lies in a clone."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "accelerate": accelerate.__version__,
+        "platform": platform.platform(),
+        "cpu": platform.processor() or platform.machine(),
+        "cpu_count": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str | None:
+    """The commit of the clone the package lies in, with "+changes" if files differ from it; None outside a clone."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(PACKAGE_ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != PACKAGE_ROOT:
+            return None
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None

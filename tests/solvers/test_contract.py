@@ -1,0 +1,307 @@
+"""What every solver must do, under both scopes."""
+
+import pytest
+import torch
+from problems import Problem, all_problems, linear, rotation, solution_at_zero, tanh
+
+from deq_lm.solvers import Anderson, Broyden, FixedPointSolver, Outcome, Picard, StoppingRule, solve
+
+SOLVERS = [
+    solver(scope=scope, **options)
+    for scope in ("prefix", "sequence")
+    for solver, options in [
+        (Picard, {}),
+        (Picard, {"relaxation": 0.7}),
+        (Anderson, {}),
+        (Anderson, {"relaxation": 0.8, "history_size": 3}),
+        (Broyden, {}),
+        (Broyden, {"history_size": 4}),
+        (Broyden, {"history_size": 1}),
+    ]
+]
+TIGHT = StoppingRule(max_steps=3000, rtol=1e-12, patience=400)
+
+
+def describe(value: object) -> str:
+    return str(value).replace(" ", "")
+
+
+every_solver = pytest.mark.parametrize("solver", SOLVERS, ids=describe)
+
+
+@pytest.mark.parametrize("problem", all_problems(), ids=repr)
+@every_solver
+def test_finds_the_known_fixed_point(solver: FixedPointSolver, problem: Problem):
+    small_memory = getattr(solver, "history_size", 9) < 4
+    if not problem.is_contraction and (isinstance(solver, Picard) or small_memory):
+        pytest.skip("this map needs a quasi-Newton method with more than a few pairs")
+    solution = solve(problem.f, problem.z0, solver=solver, stopping=TIGHT)
+    assert solution.outcome.tolist() == [Outcome.CONVERGED] * len(problem.z0)
+    assert torch.dist(solution.z, problem.z_star) <= 1e-8 * problem.z_star.norm()
+
+
+@every_solver
+def test_reports_the_residual_of_the_state_it_returns(solver: FixedPointSolver):
+    problem = linear("linear", 0.9)
+    for max_steps in (0, 1, 2, 7):
+        solution = solve(problem.f, problem.z0, solver=solver, stopping=StoppingRule(max_steps=max_steps))
+        image = problem.f(solution.z)
+        torch.testing.assert_close(solution.image, image, rtol=1e-12, atol=1e-13)
+        norm = (image - solution.z).flatten(1).norm(dim=1)
+        torch.testing.assert_close(solution.residual_norm, norm, rtol=1e-9, atol=1e-13)
+        torch.testing.assert_close(solution.relative_residual, norm / image.flatten(1).norm(dim=1), rtol=1e-9, atol=0)
+
+
+@every_solver
+def test_counts_every_evaluation_and_step(solver: FixedPointSolver):
+    problem = tanh()
+    calls = 0
+
+    def counted(z: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return problem.f(z)
+
+    solution = solve(counted, problem.z0, solver=solver, stopping=StoppingRule(max_steps=200, rtol=1e-6))
+    assert calls == solution.num_evaluations.max() == solution.num_steps.max() + 1
+    assert len(solution.trace.residual_norm) == calls
+
+
+@every_solver
+def test_no_step_still_evaluates_once(solver: FixedPointSolver):
+    problem = tanh()
+    solution = solve(problem.f, problem.z0, solver=solver, stopping=StoppingRule(max_steps=0))
+    assert torch.equal(solution.z, problem.z0)
+    assert torch.equal(solution.image, problem.f(problem.z0))
+    assert solution.num_evaluations.tolist() == [1, 1, 1]
+    assert solution.outcome.tolist() == [Outcome.MAX_STEPS] * 3
+
+
+@every_solver
+def test_a_sequence_alone_and_in_a_batch_give_the_same(solver: FixedPointSolver):
+    problem = linear("linear", 0.9)
+    rule = StoppingRule(max_steps=25, rtol=1e-6)
+    together = solve(problem.f, problem.z0, solver=solver, stopping=rule)
+    alone = solve(problem.f, problem.z0[:1], solver=solver, stopping=rule)
+    torch.testing.assert_close(together.z[:1], alone.z, rtol=0, atol=1e-12)
+    for fact in ("num_steps", "num_evaluations", "outcome", "position_num_steps"):
+        assert torch.equal(getattr(together, fact)[:1], getattr(alone, fact)), fact
+
+
+@every_solver
+def test_an_already_solved_entry_costs_one_evaluation_and_does_not_move(solver: FixedPointSolver):
+    problem = tanh()
+    z0 = problem.z0.clone()
+    z0[1] = problem.z_star[1]
+    solution = solve(problem.f, z0, solver=solver, stopping=TIGHT)
+    assert solution.num_evaluations[1] == 1
+    assert torch.equal(solution.z[1], problem.z_star[1])
+    torch.testing.assert_close(solution.z, problem.z_star, rtol=0, atol=1e-8)
+
+
+@every_solver
+def test_a_solution_at_zero_needs_an_absolute_tolerance_and_is_then_found(solver: FixedPointSolver):
+    problem = solution_at_zero()
+    rule = StoppingRule(max_steps=400, rtol=1e-6, atol=1e-10)
+    solution = solve(problem.f, problem.z0 + 0.9, solver=solver, stopping=rule)
+    assert solution.converged.all()
+    torch.testing.assert_close(solution.z, problem.z_star, rtol=0, atol=1e-8)
+
+
+@every_solver
+def test_scaling_the_problem_scales_every_iterate(solver: FixedPointSolver):
+    problem = linear("linear", 0.9)
+    for steps in (3, 12):
+        plain = solve(problem.f, problem.z0, solver=solver, stopping=StoppingRule(max_steps=steps))
+        for scale in (1e-8, 1e8):
+            scaled = solve(
+                lambda z, s=scale: s * problem.f(z / s),
+                problem.z0,
+                solver=solver,
+                stopping=StoppingRule(max_steps=steps),
+            )
+            torch.testing.assert_close(scaled.z / scale, plain.z, rtol=1e-5, atol=1e-7)
+            assert torch.equal(scaled.num_steps, plain.num_steps)
+
+
+@every_solver
+def test_a_sequence_that_fails_does_not_touch_the_others(solver: FixedPointSolver):
+    problem = linear("linear", 0.5)
+    rule = StoppingRule(max_steps=60, rtol=1e-9)
+
+    def exploding(z: torch.Tensor) -> torch.Tensor:
+        image = problem.f(z)
+        return torch.stack([image[0], 5.0 + z[1] ** 2 + 9.0 * z[1].abs(), image[2]])
+
+    def broken(z: torch.Tensor) -> torch.Tensor:
+        image = problem.f(z)
+        return torch.stack([image[0], torch.full_like(image[1], float("nan")), image[2]])
+
+    undisturbed = solve(problem.f, problem.z0, solver=solver, stopping=rule)
+    for f, outcomes in [
+        (exploding, {Outcome.DIVERGED, Outcome.NON_FINITE, Outcome.STALLED, Outcome.MAX_STEPS}),
+        (broken, {Outcome.NON_FINITE}),
+    ]:
+        solution = solve(f, problem.z0, solver=solver, stopping=rule)
+        assert torch.equal(solution.z[[0, 2]], undisturbed.z[[0, 2]])
+        assert torch.equal(solution.num_steps[[0, 2]], undisturbed.num_steps[[0, 2]])
+        assert solution.outcome[1].item() in outcomes
+        assert solution.z.isfinite().all()
+
+
+@every_solver
+def test_a_value_that_turns_nan_midway_leaves_a_finite_state_and_says_so(solver: FixedPointSolver):
+    problem = linear("linear", 0.9)
+    calls = 0
+
+    def f(z: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        image = problem.f(z)
+        if calls == 4:
+            image[0, -1, 0] = float("nan")
+        return image
+
+    solution = solve(f, problem.z0, solver=solver, stopping=StoppingRule(max_steps=40, rtol=1e-8))
+    assert solution.outcome[0] == Outcome.NON_FINITE
+    assert solution.z.isfinite().all()
+    torch.testing.assert_close(solution.image[0], problem.f(solution.z)[0], rtol=1e-12, atol=1e-13)
+
+
+@every_solver
+def test_a_map_without_fixed_point_is_never_called_converged(solver: FixedPointSolver):
+    z0 = torch.zeros(2, 3, 4, dtype=torch.float64)
+    for f in (lambda z: z + 5.1, lambda z: 1.05 * z.abs() + 1.0, lambda z: z + 1.0 + z.square()):
+        solution = solve(f, z0, solver=solver, stopping=StoppingRule(max_steps=3000, rtol=1e-4))
+        assert not solution.converged.any()
+        assert solution.z.isfinite().all()
+
+
+@every_solver
+def test_degenerate_maps_give_a_finite_answer_and_the_right_outcome(solver: FixedPointSolver):
+    z0 = torch.full((2, 3, 4), 2.0, dtype=torch.float64)
+    constant = solve(lambda z: torch.ones_like(z), z0, solver=solver, stopping=TIGHT)
+    assert constant.converged.all()
+    torch.testing.assert_close(constant.z, torch.ones_like(z0))
+    identity = solve(lambda z: z.clone(), z0, solver=solver, stopping=TIGHT)
+    assert identity.num_evaluations.tolist() == [1, 1]
+    for scale in (1e-38, 1e38):
+        solution = solve(
+            lambda z, s=scale: 0.5 * z + s,
+            torch.zeros(1, 2, 3),
+            solver=solver,
+            stopping=StoppingRule(max_steps=60),
+        )
+        assert solution.z.isfinite().all()
+        assert solution.converged.all() == (torch.dist(solution.z, torch.full((1, 2, 3), 2 * scale)) < 0.1 * scale)
+
+
+@every_solver
+def test_nothing_is_recorded_for_backpropagation(solver: FixedPointSolver):
+    weight = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    z0 = torch.ones(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    solution = solve(lambda z: weight * z + 1, z0, solver=solver)
+    assert not solution.z.requires_grad
+    assert not solution.image.requires_grad
+
+
+@every_solver
+def test_half_precision_and_strided_starts_are_solved_in_float32(solver: FixedPointSolver):
+    z0 = torch.zeros(4, 3, 2, dtype=torch.bfloat16).transpose(1, 2)
+    solution = solve(lambda z: 0.5 * z + 1, z0, solver=solver, stopping=StoppingRule(max_steps=60))
+    assert solution.z.dtype == torch.float32
+    torch.testing.assert_close(solution.z, torch.full_like(solution.z, 2.0), rtol=1e-2, atol=0)
+
+
+@every_solver
+def test_results_do_not_depend_on_how_often_the_device_is_asked(solver: FixedPointSolver):
+    problem = linear("linear", 0.9)
+    every = solve(problem.f, problem.z0, solver=solver, stopping=StoppingRule(max_steps=50, rtol=1e-5))
+    seldom = solve(problem.f, problem.z0, solver=solver, stopping=StoppingRule(max_steps=50, rtol=1e-5, check_every=7))
+    assert torch.equal(every.z, seldom.z)
+    for fact in ("num_steps", "num_evaluations", "outcome"):
+        assert torch.equal(getattr(every, fact), getattr(seldom, fact)), fact
+
+
+@pytest.mark.parametrize("solver", [solver for solver in SOLVERS if solver.scope == "prefix"], ids=describe)
+@pytest.mark.parametrize("rtol", [0.0, 1e-1, 1e-3, 1e-6])
+@pytest.mark.parametrize("max_steps", [1, 2, 5, 12, 30])
+def test_changing_the_future_leaves_the_past_bit_identical(solver: FixedPointSolver, max_steps: int, rtol: float):
+    generator = torch.Generator().manual_seed(0)
+    for cut in (1, 3, 5):
+        first = torch.randn(2, 6, 4, dtype=torch.float64, generator=generator)
+        second = first.clone()
+        second[:, cut:] = 3 * torch.randn(2, 6 - cut, 4, dtype=torch.float64, generator=generator)
+        solutions = [
+            solve(
+                lambda z, x=x: (1.2 * z + 0.4 * z.cumsum(1) / 6 + x).tanh(),  # causal position by position, bit for bit
+                torch.zeros_like(x),
+                solver=solver,
+                stopping=StoppingRule(max_steps=max_steps, rtol=rtol),
+            )
+            for x in (first, second)
+        ]
+        for fact in ("z", "image", "position_num_steps"):
+            before = [getattr(solution, fact)[:, :cut] for solution in solutions]
+            assert torch.equal(*before), fact
+
+
+@pytest.mark.parametrize("solver", [Anderson(scope="sequence"), Broyden(scope="sequence")], ids=describe)
+def test_the_sequence_scope_does_leak_so_that_the_test_above_can_fail(solver: FixedPointSolver):
+    first = torch.linspace(-1, 1, 24, dtype=torch.float64).view(1, 6, 4)
+    second = first.clone()
+    second[:, 3:] += 1
+    outputs = [
+        solve(
+            lambda z, x=x: (0.9 * z.cumsum(1) / 2 + x).tanh(),
+            0 * x,
+            solver=solver,
+            stopping=StoppingRule.fixed(4),
+        ).z[:, :3]
+        for x in (first, second)
+    ]
+    assert not torch.equal(*outputs)
+
+
+def test_picard_cannot_solve_the_rotation_and_says_so():
+    problem = rotation()
+    solution = solve(problem.f, problem.z0, solver=Picard(), stopping=StoppingRule(max_steps=400, patience=None))
+    assert solution.outcome.tolist() == [Outcome.DIVERGED] * 2
+
+
+def test_a_slow_solve_that_is_cut_short_says_max_steps_and_one_that_goes_nowhere_says_stalled():
+    problem = linear("slow", 0.99)
+    cut = solve(problem.f, problem.z0, solver=Picard(), stopping=StoppingRule(max_steps=10))
+    assert cut.outcome.tolist() == [Outcome.MAX_STEPS] * 3
+    flat = solve(lambda z: z + 1, problem.z0, solver=Picard(), stopping=StoppingRule(max_steps=100, patience=6))
+    assert flat.outcome.tolist() == [Outcome.STALLED] * 3
+    assert flat.num_steps.tolist() == [6] * 3
+
+
+def test_only_picard_can_be_differentiated_through():
+    with pytest.raises(ValueError, match="cannot be backpropagated through"):
+        solve(torch.tanh, torch.zeros(1, 2, 3), solver=Broyden(), differentiable=True)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Picard(relaxation=0.0), r"Picard\(relaxation=0.0\): expected a value in \(0, 1\]"),
+        (lambda: Anderson(history_size=0), r"Anderson\(history_size=0\): expected 1 or more"),
+        (lambda: Anderson(relaxation=1.5), r"Anderson\(relaxation=1.5\)"),
+        (lambda: Broyden(history_size=0), r"Broyden\(history_size=0\): expected 1 or more"),
+        (lambda: Broyden(restart_growth=1.0), r"Broyden\(restart_growth=1.0\): expected a value above 1"),
+        (lambda: Broyden(scope="suffix"), r"Broyden\(scope='suffix'\): expected 'prefix'"),  # type: ignore[arg-type]
+        (lambda: StoppingRule(max_steps=-1), r"max_steps=-1"),
+        (lambda: StoppingRule(rtol=float("nan")), r"rtol=nan"),
+        (lambda: StoppingRule(atol=-1.0), r"atol=-1.0"),
+        (lambda: StoppingRule(patience=0), r"patience=0"),
+        (lambda: StoppingRule(divergence_factor=0.5), r"divergence_factor=0.5"),
+        (lambda: StoppingRule(check_every=0), r"check_every=0"),
+        (lambda: solve(torch.tanh, torch.zeros(3), solver=Picard()), r"shape \(3,\)"),
+        (lambda: solve(torch.tanh, torch.full((1, 2, 3), float("nan")), solver=Picard()), "NaN or infinite"),
+    ],
+)
+def test_illegal_arguments_are_refused_with_what_is_allowed(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
