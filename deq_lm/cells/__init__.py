@@ -1,1 +1,7 @@
-"""TODO"""
+"""f itself: modules that know neither solver nor loss."""
+
+from deq_lm.cells.base import BoundCell, Cell
+from deq_lm.cells.memory import Memory
+from deq_lm.cells.transformer_xl import TransformerXLCell, TransformerXLConfig
+
+__all__ = ["BoundCell", "Cell", "Memory", "TransformerXLCell", "TransformerXLConfig"]

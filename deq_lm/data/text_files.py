@@ -1,4 +1,4 @@
-"""Text files as streams of documents: strict UTF-8, lines that end in \\n, articles found by their `= Title =` line.
+"""Text files as streams of documents: strict UTF-8, lines that end in a newline, articles found by their `= Title =`.
 
 Nothing here reads a whole file at once; a document is the largest thing held in memory.
 """
@@ -26,10 +26,10 @@ _TITLE = re.compile(r" ?= (?!=)[^\n]*(?<!=) = ?\n?")
 
 
 def read_lines(path: Path) -> Iterator[str]:
-    """The lines of a UTF-8 file, plain or `.xz`, each with its "\\n".
+    """The lines of a UTF-8 file, plain or `.xz`, each with its newline.
 
-    A line ends at "\\n" or "\\r\\n" (which becomes "\\n") and nowhere else: a lone "\\r", U+0085 and U+2028 stay inside
-    their line. A byte order mark at the start is dropped. The last line may lack its "\\n".
+    A line ends at LF or CR LF (which becomes LF) and nowhere else: a lone CR, U+0085 and U+2028 stay inside their line.
+    A byte order mark at the start is dropped. The last line may lack its newline.
 
     Raises:
         DataError: the file cannot be opened or decompressed, is not UTF-8, or has a NUL; names the file and, for its
@@ -39,22 +39,10 @@ def read_lines(path: Path) -> Iterator[str]:
     try:
         with _open(path) as file:
             for line in file:
-                text = line.removeprefix(codecs.BOM_UTF8) if offset == 0 else line
-                if b"\0" in text:
-                    raise DataError(
-                        f"{path}: NUL at byte {offset + line.index(0)}: expected UTF-8 text. If the file is UTF-16, convert "
-                        "it: iconv -f UTF-16 -t UTF-8."
-                    )
-                yield text.decode("utf-8").replace("\r\n", "\n")
+                yield _decode(line, offset, path)
                 offset += len(line)
-    except UnicodeDecodeError as error:
-        start = offset + error.start + (len(line) - len(text))
-        raise DataError(
-            f"{path}: byte {start} is not UTF-8 ({error.reason}). Convert the file, for example with iconv -f LATIN1 "
-            "-t UTF-8."
-        ) from error
     except (OSError, EOFError, lzma.LZMAError) as error:
-        raise DataError(f"{path}: cannot be read: {error or 'damaged xz file'}.") from error
+        raise _unreadable(path, error) from error
 
 
 def documents(lines: Iterable[str]) -> Iterator[str]:
@@ -104,7 +92,7 @@ class FileDocuments:
 
 
 def split_file(path: Path) -> dict[str, FileDocuments]:
-    """One file cut into contiguous train, valid and test portions of 90, 5 and 5 % of its characters.
+    """One file cut into contiguous train, valid and test portions of about 90, 5 and 5 % of its characters.
 
     The two cuts fall on the first start of a document at or after 90 % and 95 %. Where that leaves a portion empty (a text
     without titles, or with very few), they fall on the first start of a line instead.
@@ -112,26 +100,25 @@ def split_file(path: Path) -> dict[str, FileDocuments]:
     Raises:
         DataError: the file has too few lines for three portions, or what `read_lines` raises.
     """
-    sizes, document_starts = array("Q"), array("Q")
+    sizes, document_starts = array("q"), array("q")  # arrays, because a file may have many millions of lines
     for number, (line, starts_document) in enumerate(_mark_starts(read_lines(path))):
         sizes.append(len(line))
         if starts_document:
             document_starts.append(number)
-    ends = np.cumsum(np.frombuffer(sizes, np.uint64)) if sizes else np.zeros(0, np.uint64)
-    for starts in (np.frombuffer(document_starts, np.uint64) if document_starts else [], range(1, len(ends))):
-        line_numbers = np.asarray(starts, dtype=np.int64)
-        # characters before a line: the end of the one before it
-        places = ends[line_numbers - 1]
-        first, second = (np.searchsorted(places, share * float(ends[-1])) if sizes else 0 for share in (0.90, 0.95))
+    ends = np.cumsum(np.asarray(sizes, dtype=np.int64))
+    for starts in (np.asarray(document_starts, dtype=np.int64), np.arange(1, len(ends))):
+        # A line starts where the one before it ends. (Line 0 is never among `starts`.)
+        first, second = np.searchsorted(ends[starts - 1], [0.90 * sum(sizes), 0.95 * sum(sizes)])
         second = max(second, first + 1)
-        if second < len(line_numbers):
-            cuts = [0, int(line_numbers[first]), int(line_numbers[second]), None]
+        if second < len(starts):
+            a, b = int(starts[first]), int(starts[second])
             return {
-                split: FileDocuments(path, split, cast(int, cuts[i]), cuts[i + 1])
-                for i, split in enumerate(SPLITS)
+                "train": FileDocuments(path, "train", 0, a),
+                "valid": FileDocuments(path, "valid", a, b),
+                "test": FileDocuments(path, "test", b),
             }
     raise DataError(
-        f"{path}: {len(sizes)} lines are too few to be cut into train, valid and test. Give a longer text, or a folder with "
+        f"{path}: {len(sizes)} line(s) cannot be cut into train, valid and test. Give a longer text, or a folder with "
         "train.txt, valid.txt and test.txt."
     )
 
@@ -146,14 +133,36 @@ def file_digest(path: Path) -> str:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error}.") from error
+        raise _unreadable(path, error) from error
 
 
 def _open(path: Path) -> BinaryIO:
     if path.suffix == ".xz":
-        # Lines of an LZMAFile are read by a slow Python method; a BufferedReader around it is twice as fast.
+        # LZMAFile reads single lines through a slow Python method; a BufferedReader around it does not.
         return io.BufferedReader(cast(io.RawIOBase, lzma.open(path)), 1 << 20)
     return path.open("rb")
+
+
+def _unreadable(path: Path, error: Exception) -> DataError:
+    reason = getattr(error, "strerror", None) or error
+    return DataError(f"{path}: cannot be read ({reason}). Give a readable UTF-8 text file, plain or .xz.")
+
+
+def _decode(line: bytes, offset: int, path: Path) -> str:
+    if offset == 0 and line.startswith(codecs.BOM_UTF8):
+        offset, line = len(codecs.BOM_UTF8), line[len(codecs.BOM_UTF8) :]
+    if b"\0" in line:
+        raise DataError(
+            f"{path}: NUL at byte {offset + line.index(0)}; expected UTF-8 text. If this is UTF-16, convert it: "
+            "iconv -f UTF-16 -t UTF-8."
+        )
+    try:
+        return line.decode("utf-8").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}: byte {offset + error.start} is not UTF-8 ({error.reason}). Convert the file, for example: "
+            "iconv -f LATIN1 -t UTF-8."
+        ) from error
 
 
 def _mark_starts(lines: Iterable[str]) -> Iterator[tuple[str, bool]]:

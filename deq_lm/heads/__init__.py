@@ -1,1 +1,5 @@
-"""TODO"""
+"""From hidden states to nats."""
+
+from deq_lm.heads.linear import token_nll
+
+__all__ = ["token_nll"]

@@ -154,7 +154,8 @@ class DEQLMForCausalLM(DEQLMPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: for arguments that contradict each other or are not supported.
         """
-        refused = [name for name, value in unsupported.items() if value not in (None, False) and name != "position_ids"]
+        harmless = ("position_ids", "return_dict")  # positions are relative, and the output is always an object
+        refused = [name for name, value in unsupported.items() if value not in (None, False) and name not in harmless]
         if refused:
             raise ValueError(
                 f"DEQLMForCausalLM got {', '.join(refused)}, which it does not support; it takes input_ids, "

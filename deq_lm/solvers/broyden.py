@@ -62,7 +62,7 @@ class Broyden(FixedPointSolver):
 
     history_size: int = 16
     scope: Scope = "prefix"
-    restart_growth: float = 1.1
+    restart_growth: float = 5.0
 
     def __post_init__(self) -> None:
         if self.history_size < 1:

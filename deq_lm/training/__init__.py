@@ -1,1 +1,1 @@
-"""TODO"""
+"""How a model is trained: recipe, loop, checkpoints, run folder."""

@@ -1,8 +1,8 @@
 """Checkpoints: everything the next step depends on, in a folder that is complete and unaltered, or not used.
 
-A folder `step_00000100` is written aside, synced, sealed by `manifest.json` (size and SHA-256 of every file) and renamed.
-A crash at any moment leaves the older ones as they were. Neither safetensors nor `torch.load` notices a flipped bit, and
-Accelerate's `save_state` writes in place: hence the manifest.
+A folder `step_00000100` is written aside, sealed by `manifest.json` (size and SHA-256 of every file), synced and
+renamed. A crash at any moment leaves the older ones as they were. Neither safetensors nor `torch.load` notices a
+flipped bit, and Accelerate's `save_state` writes in place: hence a format of our own.
 
 | file | holds |
 |---|---|
@@ -37,7 +37,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deq_lm.cells.memory import Memory
 from deq_lm.data.streams import ContiguousStreams
-from deq_lm.errors import CheckpointError, ConfigError
+from deq_lm.errors import CheckpointError
 from deq_lm.structure import build, to_mapping
 from deq_lm.training.durable import begin_folder, publish_folder, remove_folder, write_text
 from deq_lm.training.tracking import Interval
@@ -292,13 +292,17 @@ def _refuse_differences(path: Path, saved: Identity, current: Identity) -> None:
     differences = [
         f"{name}: {json.dumps(old.get(name))} there, {json.dumps(new.get(name))} here"
         for name in sorted({*old, *new})
-        if old.get(name) != new.get(name) and not name.startswith(MAY_CHANGE)
+        if old.get(name) != new.get(name) and not _may_change(name)
     ]
     if differences:
         raise CheckpointError(
             f"{path}: belongs to another run ({'; '.join(differences)}); give the settings it was written with, "
             "or begin a new run in another training.output_dir."
         )
+
+
+def _may_change(name: str) -> bool:
+    return any(name == allowed or name.startswith(f"{allowed}.") for allowed in MAY_CHANGE)
 
 
 def _flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

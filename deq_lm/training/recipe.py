@@ -17,7 +17,7 @@ import yaml
 from deq_lm.data.encoding import DataConfig
 from deq_lm.errors import ConfigError
 from deq_lm.evaluation import EvaluationConfig
-from deq_lm.modeling.builders import build_config
+from deq_lm.modeling import build_config
 from deq_lm.structure import build, to_mapping
 from deq_lm.training.optimizer import OptimizerConfig
 from deq_lm.training.schedules import ScheduleConfig
@@ -127,7 +127,7 @@ class Recipe:
         name: a short name, for people.
         seed: of the initial weights and the dropout masks, >= 0.
         data: corpus, tokenizer, cache.
-        model: the fields of the model's configuration, as `deq_lm.modeling.builders.build_config` takes them.
+        model: the fields of the model's configuration, as `deq_lm.modeling.build_config` takes them.
         training: how to train.
         evaluation: how to measure, during training and at its end.
     """

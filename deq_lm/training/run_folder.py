@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -86,6 +87,8 @@ class RunFolder:
         """
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
+            for leftover in self.checkpoints.glob(".*"):  # of a save or removal that was killed
+                shutil.rmtree(leftover)
             write_text(self.recipe, recipe_text(recipe))
             starts = json.loads(self.versions.read_text("utf-8")) if self.versions.exists() else []
             write_text(self.versions, json.dumps([*starts, {"step": step, **versions()}], indent=1))

@@ -49,9 +49,7 @@ class ScheduleConfig:
 
 def make_schedule(optimizer: Optimizer, config: ScheduleConfig, *, max_steps: int) -> LRScheduler:
     """The schedule, to be stepped once per optimizer step; its rate is a function of the step alone."""
-    name = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine_with_min_lr"}[
-        config.name
-    ]
+    name = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine_with_min_lr"}[config.name]
     return get_scheduler(
         name,
         optimizer,

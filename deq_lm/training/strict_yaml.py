@@ -65,9 +65,7 @@ class _StrictLoader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
-            raise _refusal(
-                event, "anchors and aliases (& and *) are not allowed; write the value out, or quote it"
-            )
+            raise _refusal(event, "anchors and aliases (& and *) are not allowed; write the value out, or quote it")
         if getattr(event, "tag", None) is not None:
             raise _refusal(event, "tags (!) are not allowed; write a plain value, or quote it")
         self._depth += 1

@@ -1,0 +1,199 @@
+"""The Transformer-XL cell: relative attention over memory and segment, then a position-wise feed-forward network."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize
+
+from deq_lm.cells.base import Autocast, BoundCell, Cell
+from deq_lm.cells.memory import Memory
+from deq_lm.cells.relative_position import by_key, sinusoids
+from deq_lm.cells.variational_dropout import variational_mask
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerXLConfig:
+    """Sizes and variants of the cell.
+
+    Attributes:
+        d_model: width of the state, divisible by num_heads.
+        num_heads: attention heads.
+        d_inner: hidden width of the feed-forward network.
+        mem_len: positions of memory a segment may attend to; 0 keeps none.
+        norm: "post": h = LN(z + attention(z)), f = LN(h + ffn(h)).
+            "pre": h = LN(z + attention(LN z)), f = h + ffn(h). The residual of the second half starts from the normalized
+            value: with a plain residual stream, z + ..., the identity is part of f and its spectral radius is 1 or more.
+        weight_norm: weight normalization of every linear map, computed once per solve.
+        dropout: probability of the variational masks on the outputs of attention and feed-forward network, in [0, 1).
+        init_std: standard deviation of the initial effective weights.
+
+    Raises:
+        ValueError: if a value is out of range.
+    """
+
+    d_model: int = 128
+    num_heads: int = 4
+    d_inner: int = 512
+    mem_len: int = 64
+    norm: Literal["post", "pre"] = "post"
+    weight_norm: bool = False
+    dropout: float = 0.0
+    init_std: float = 0.05
+
+    def __post_init__(self) -> None:
+        for name in ("d_model", "num_heads", "d_inner"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: expected 1 or more.")
+        if self.d_model % self.num_heads:
+            raise ValueError(
+                f"d_model={self.d_model} is not divisible by num_heads={self.num_heads}: every head gets an equal share."
+            )
+        if self.mem_len < 0:
+            raise ValueError(f"mem_len={self.mem_len}: expected 0 (no memory) or more positions.")
+        if self.norm not in ("post", "pre"):
+            raise ValueError(f"norm={self.norm!r}: expected 'post' or 'pre'.")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout={self.dropout}: expected a probability in [0, 1).")
+        if not self.init_std > 0.0:
+            raise ValueError(f"init_std={self.init_std}: expected a value above 0.")
+
+
+class TransformerXLCell(Cell):
+    """f(z) for injected input x: queries, keys and values are W z + W_x x, and the score of key j for query i is
+
+        ((q_i + u) . k_j + (q_i + v) . r_{i-j}) / sqrt(E),  j <= i,
+
+    with u, v learned biases and r the projected sinusoid of the distance. Memory gives keys and values (no queries) from its
+    own states and inputs by the current weights.
+
+    References:
+        Dai et al. 2019, "Transformer-XL", section 3.3. Bai, Kolter, Koltun 2019, "Deep equilibrium models", section 4.
+    """
+
+    def __init__(self, config: TransformerXLConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.d_model
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.inject = nn.Linear(width, 3 * width, bias=False)
+        self.distance = nn.Linear(width, width, bias=False)
+        self.merge = nn.Linear(width, width, bias=False)
+        self.expand = nn.Linear(width, config.d_inner)
+        self.contract = nn.Linear(config.d_inner, width)
+        self.content_bias = nn.Parameter(torch.empty(width))  # u, all heads side by side
+        self.distance_bias = nn.Parameter(torch.empty(width))  # v
+        self.attention_norm = nn.LayerNorm(width)
+        self.output_norm = nn.LayerNorm(width)
+        if config.weight_norm:
+            for linear in self._linears():
+                parametrizations.weight_norm(linear)
+        self.reset_parameters()
+
+    def _linears(self) -> list[nn.Linear]:
+        return [module for module in self.children() if isinstance(module, nn.Linear)]
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        std = self.config.init_std
+        for linear in self._linears():
+            if parametrize.is_parametrized(linear, "weight"):
+                # Assigning to the effective weight sets magnitude and direction; an initializer writing to it would not.
+                linear.weight = nn.init.normal_(torch.empty_like(linear.weight), std=std)
+            else:
+                nn.init.normal_(linear.weight, std=std)
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
+        for bias in (self.content_bias, self.distance_bias):
+            nn.init.normal_(bias, std=std)
+        for norm in (self.attention_norm, self.output_norm):
+            norm.reset_parameters()
+
+    def bind(self, x: Tensor, memory: Memory | None = None, key_mask: Tensor | None = None) -> BoundCell:
+        length, width = x.shape[1], self.config.d_model
+        num_keys = length + (0 if memory is None else memory.length)
+        qkv, inject = self.qkv.weight, self.inject.weight  # weight norm is computed here, once
+        distances = F.linear(sinusoids(num_keys, width, like=x), self.distance.weight)
+        tensors = {
+            "qkv": qkv,
+            "injection": F.linear(x, inject),  # (B, L, 3 D)
+            "distances": F.pad(distances, (0, 0, 0, 1)),  # (K + 1, D): the unused column of `by_key`
+            "mask": _attention_mask(length, num_keys, x, key_mask),
+            "content_bias": self.content_bias,
+            "distance_bias": self.distance_bias,
+            "merge": self.merge.weight,
+            "expand": self.expand.weight,
+            "expand_bias": self.expand.bias,
+            "contract": self.contract.weight,
+            "contract_bias": self.contract.bias,
+            "attention_norm": self.attention_norm.weight,
+            "attention_norm_bias": self.attention_norm.bias,
+            "output_norm": self.output_norm.weight,
+            "output_norm_bias": self.output_norm.bias,
+        }
+        if memory is not None:
+            z = memory.z
+            if self.config.norm == "pre":
+                z = self._normalize(z, tensors, "attention_norm")
+            tensors["memory_kv"] = F.linear(z, qkv[width:]) + F.linear(memory.x, inject[width:])  # (B, M, 2 D)
+        if self.training and self.config.dropout > 0:
+            tensors["attention_dropout"] = variational_mask(x, self.config.dropout)
+            tensors["output_dropout"] = variational_mask(x, self.config.dropout)
+        return BoundCell(self.evaluate, tensors, Autocast.current(x.device.type))
+
+    def evaluate(self, z: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        """f(z), (B, L, D), reading nothing but `tensors`."""
+        pre = self.config.norm == "pre"
+        attention = self._attention(self._normalize(z, tensors, "attention_norm") if pre else z, tensors)
+        h = z + _drop(attention, tensors, "attention_dropout")
+        h = self._normalize(h, tensors, "output_norm" if pre else "attention_norm")
+        hidden = F.linear(h, tensors["expand"], tensors["expand_bias"]).relu()
+        out = F.linear(hidden, tensors["contract"], tensors["contract_bias"])
+        out = h + _drop(out, tensors, "output_dropout")
+        return out if pre else self._normalize(out, tensors, "output_norm")
+
+    def remember(self, z: Tensor, x: Tensor, memory: Memory | None) -> Memory | None:
+        return Memory.extend(memory, z, x, self.config.mem_len)
+
+    def _attention(self, z: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        query, key, value = (F.linear(z, tensors["qkv"]) + tensors["injection"]).chunk(3, dim=-1)
+        if "memory_kv" in tensors:
+            memory_key, memory_value = tensors["memory_kv"].chunk(2, dim=-1)
+            key, value = torch.cat([memory_key, key], dim=1), torch.cat([memory_value, value], dim=1)
+        scale = (self.config.d_model // self.config.num_heads) ** -0.5
+        by_distance = self._heads(query + tensors["distance_bias"]) @ self._heads(tensors["distances"]).transpose(
+            -2, -1
+        )
+        bias = by_key(by_distance) * scale + tensors["mask"]  # (B, H, L, K)
+        content_query = self._heads(query + tensors["content_bias"])
+        key, value = self._heads(key), self._heads(value)
+        out = F.scaled_dot_product_attention(content_query, key, value, attn_mask=bias.to(query.dtype), scale=scale)
+        return F.linear(out.transpose(-3, -2).flatten(-2), tensors["merge"])
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """(..., L, D) to (..., H, L, E)."""
+        return x.unflatten(-1, (self.config.num_heads, -1)).transpose(-3, -2)
+
+    def _normalize(self, x: Tensor, tensors: Mapping[str, Tensor], name: str) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], tensors[name], tensors[f"{name}_bias"])
+
+
+def _drop(x: Tensor, tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    return x * tensors[name] if name in tensors else x
+
+
+def _attention_mask(length: int, num_keys: int, x: Tensor, key_mask: Tensor | None) -> Tensor:
+    """0 where a query may look and -inf elsewhere, (L, K) or (B, 1, L, K); every query sees itself, so no row is empty."""
+    offset = num_keys - length
+    visible = torch.ones(length, num_keys, dtype=torch.bool, device=x.device).tril(offset)
+    if key_mask is not None:
+        itself = torch.zeros_like(visible).diagonal_scatter(visible.new_ones(length), offset)
+        present = F.pad(key_mask.bool(), (offset, 0), value=True)
+        visible = ((visible & present[:, None, :]) | itself)[:, None]
+    return torch.zeros(visible.shape, dtype=x.dtype, device=x.device).masked_fill(~visible, -math.inf)

@@ -1,0 +1,101 @@
+"""Does the model read the future? Change the text after a cut and look at the log-probabilities before it.
+
+The equilibrium at t depends on tokens up to t only, but an iterate of a solver whose inner products or stopping rule see
+the whole sequence depends on all of them, and a perplexity computed from it has seen what it predicts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from deq_lm.evaluation.config import EvaluationConfig
+from deq_lm.evaluation.modes import device_of, measuring
+from deq_lm.evaluation.token_loss import finite
+
+CAUSAL_BELOW_NATS = 1e-3
+"""Largest change of an earlier log-probability at which a model still counts as causal."""
+
+MAX_SEQUENCES = 8
+MAX_LOGITS = 2**25
+"""Sequences and logits (128 MiB of them) the audit computes at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CausalityAudit:
+    """What the audit found. Changes are of log p, in nats, over the whole vocabulary; None is not finite.
+
+    Attributes:
+        max_change_nats: largest change at a position before the cut when the tokens after it were replaced.
+        mean_change_nats: mean over these positions of their largest change.
+        mean_bias_nats: -log p of the first token after the cut, predicted in the presence of it and what follows less
+            predicted from the text before alone: negative where a perplexity is flattered by what it has seen. Rounding
+            differs between lengths, so a causal model has nearly 0.
+        bias_standard_error_nats: of that mean; None with a single cut.
+        num_cuts: pairs of a sequence and a cut that were tried; every second cut has memory before the sequence.
+    """
+
+    max_change_nats: float | None
+    mean_change_nats: float | None
+    mean_bias_nats: float | None
+    bias_standard_error_nats: float | None
+    num_cuts: int
+
+    @property
+    def is_causal(self) -> bool:
+        return self.max_change_nats is not None and self.max_change_nats <= CAUSAL_BELOW_NATS
+
+
+def audit_causality(model: nn.Module, tokens: np.ndarray, config: EvaluationConfig, *, seed: int = 0) -> CausalityAudit:
+    """Audit a language model, with the solver and stopping rule it is evaluated with.
+
+    Args:
+        model: as `DEQLMForCausalLM`; left as it was found.
+        tokens: 1-D; real text, from which sequences are drawn.
+        config: segment_length and causality_cuts.
+        seed: of the places, cuts and replacements.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    device = device_of(model)
+    length = min(config.segment_length, (len(tokens) - 1) // 2)
+    vocab_size = model.config.vocab_size
+    num_sequences = max(1, min(MAX_SEQUENCES, MAX_LOGITS // (length * vocab_size)))
+    changes, biases = [], []
+    with measuring(model):
+        for i in range(config.causality_cuts):
+            text = _sequences(tokens, num_sequences, 2 * length, generator).to(device)
+            memory = model(text[:, :length], return_logits=False).memory if i % 2 else None
+            ids = text[:, length:]
+            cut = int(torch.randint(1, length, (), generator=generator))
+            shift = torch.randint(1, vocab_size, (num_sequences, length - cut), generator=generator).to(device)
+            changed = torch.cat([ids[:, :cut], (ids[:, cut:] + shift) % vocab_size], dim=1)
+            before, after, alone = (
+                _log_probabilities(model, inputs, memory, cut) for inputs in (ids, changed, ids[:, :cut])
+            )
+            changes.append((before - after).abs().amax(dim=-1).flatten().double().cpu())  # (B * cut,)
+            next_token = ids[:, cut, None]  # what the last position before the cut predicts
+            biases.append((alone[:, -1] - before[:, -1]).gather(-1, next_token).flatten().double().cpu())  # (B,)
+    change, bias = torch.cat(changes), torch.cat(biases)
+    error = float(bias.std()) / len(bias) ** 0.5 if len(bias) > 1 else float("nan")
+    return CausalityAudit(
+        max_change_nats=finite(float(change.max())),
+        mean_change_nats=finite(float(change.mean())),
+        mean_bias_nats=finite(float(bias.mean())),
+        bias_standard_error_nats=finite(error),
+        num_cuts=len(bias),
+    )
+
+
+def _sequences(tokens: np.ndarray, num_sequences: int, length: int, generator: torch.Generator) -> Tensor:
+    """Stretches of the text from random places, (num_sequences, length) int64."""
+    starts = torch.randint(len(tokens) - length + 1, (num_sequences,), generator=generator).tolist()
+    return torch.from_numpy(np.stack([tokens[start : start + length] for start in starts]).astype(np.int64))
+
+
+def _log_probabilities(model: nn.Module, ids: Tensor, memory: Any, cut: int) -> Tensor:
+    """log p of every word at the positions before the cut, (B, cut, V)."""
+    return model(ids, memory=memory).logits[:, :cut].log_softmax(dim=-1)

@@ -1,0 +1,285 @@
+"""The training story in reading order: set up, step, log, evaluate, save, report.
+
+Data and schedule are not handed to Accelerate. Its data loader deals batches out in turn, so that a process would
+never see two consecutive segments of one text and memory would mean nothing; here each process owns whole streams. Its
+scheduler would step once per process.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object, set_seed
+from torch import Tensor, nn
+from transformers.utils.logging import disable_progress_bar
+
+from deq_lm.data.encoding import EncodedCorpus, prepare
+from deq_lm.data.streams import ContiguousStreams
+from deq_lm.errors import ConfigError
+from deq_lm.evaluation import evaluate_perplexity
+from deq_lm.modeling import DEQLMForCausalLM, build_config
+from deq_lm.structure import to_mapping
+from deq_lm.training import checkpoint
+from deq_lm.training.checkpoint import Identity, TrainingState
+from deq_lm.training.durable import begin_folder, publish_folder, write_text
+from deq_lm.training.optimizer import make_optimizer
+from deq_lm.training.process import StopSignal, warn_of_missing_processes
+from deq_lm.training.recipe import Recipe
+from deq_lm.training.run_folder import RunFolder
+from deq_lm.training.schedules import make_schedule
+from deq_lm.training.tracking import Interval, Tracker, summarize
+
+MAX_SKIPPED_IN_A_ROW = 10
+"""Steps in a row whose loss or gradient was not finite before a run gives up."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One step as every process sees it.
+
+    Attributes:
+        grad_norm: global norm of the gradient before clipping.
+        finite: whether loss and gradient were finite on every process, and the weights were updated.
+        interrupted: whether a process has been asked to stop.
+    """
+
+    grad_norm: float
+    finite: bool
+    interrupted: bool
+
+
+def train(recipe: Recipe, *, resume: bool = False) -> int | None:
+    """Train, evaluate and report one run, in as many processes as the launcher has started.
+
+    Args:
+        recipe: what to do.
+        resume: continue from the newest complete checkpoint in the run folder, or from the start if there is none.
+
+    Returns:
+        None at the end of the run; the number of the signal (SIGINT, SIGTERM) that made it stop early, after a
+        checkpoint of the step at hand.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: before anything is written.
+        FloatingPointError: loss or gradient were not finite `MAX_SKIPPED_IN_A_ROW` times in a row.
+    """
+    settings = recipe.training
+    accelerator = Accelerator(mixed_precision=settings.mixed_precision)
+    warn_of_missing_processes(accelerator.num_processes)
+    disable_progress_bar()  # the library's, for every save; a run has its own
+    run = RunFolder(Path(settings.output_dir))
+    run.check(resume=resume)
+    accelerator.wait_for_everyone()  # all have looked before the first one writes
+
+    # data: each process owns whole streams
+    with accelerator.main_process_first():
+        corpus = prepare(recipe.data, Path(recipe.data.cache_dir))
+    streams = ContiguousStreams(
+        corpus.splits["train"].tokens,
+        num_streams=settings.batch_size,
+        segment_length=settings.segment_length,
+        rank=accelerator.process_index,
+        num_ranks=accelerator.num_processes,
+        drop_remainder=True,
+    )
+
+    # model: the same initial weights everywhere, then different dropout masks
+    set_seed(recipe.seed)
+    model = DEQLMForCausalLM(build_config(recipe.model, vocab_size=len(corpus.tokenizer)))
+    set_seed(recipe.seed, device_specific=True)
+    optimizer = make_optimizer(model, settings.optimizer)
+    schedule = make_schedule(optimizer, settings.schedule, max_steps=settings.max_steps)
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+
+    state = TrainingState(model, optimizer, schedule, streams)
+    identity = Identity(
+        recipe=to_mapping(recipe),
+        model_config=comparable_config(model),
+        data_fingerprint=corpus.fingerprint,
+        num_processes=accelerator.num_processes,
+    )
+    newest = checkpoint.newest_complete(run.checkpoints) if resume else None
+    if newest is not None:
+        checkpoint.restore(newest, state, identity, rank=accelerator.process_index)
+    progress = state.progress
+    if progress.step > settings.max_steps:
+        raise ConfigError(
+            f"training.max_steps={settings.max_steps}: {newest} is of step {progress.step} already; give at least that."
+        )
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        run.open(recipe, step=progress.step)
+
+    tracker = Tracker(
+        run,
+        step=progress.step,
+        max_steps=settings.max_steps,
+        tensorboard=settings.track,
+        enabled=accelerator.is_main_process,
+    )
+    with tracker, StopSignal() as stop:
+        tracker.say(describe(recipe, corpus, model, accelerator, newest))
+        while progress.step < settings.max_steps:
+            lr = schedule.get_last_lr()[0]
+            result = train_step(accelerator, wrapped, state, recipe, stop_requested=stop.number is not None)
+            tracker.advance()
+            if not result.finite:
+                tracker.say(f"step {progress.step}: loss or gradient not finite; update skipped, memory dropped")
+                if progress.num_skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
+                    raise FloatingPointError(
+                        f"step {progress.step}: loss or gradient not finite for {MAX_SKIPPED_IN_A_ROW} steps in a row; "
+                        "lower training.optimizer.lr or training.clip_norm and resume, or start again."
+                    )
+            if is_due(progress.step, settings.log_every):
+                metrics = summarize(gather_object([state.interval]))
+                grad_norm = result.grad_norm if result.finite else None
+                tracker.log(progress.step, "train", {**metrics, "lr": lr, "grad_norm": grad_norm})
+                state.interval = Interval()
+            if is_due(progress.step, settings.evaluate_every):
+                validate(accelerator, model, corpus, recipe, tracker, progress.step)
+            last = progress.step == settings.max_steps
+            if last or result.interrupted or is_due(progress.step, settings.checkpoint_every):
+                checkpoint.save(
+                    run.checkpoints, state, identity, corpus.tokenizer, accelerator, keep=settings.keep_checkpoints
+                )
+            if result.interrupted and not last:
+                tracker.say(f"stopped at step {progress.step}, checkpoint saved; continue with --resume")
+                return stop.number or signal.SIGTERM
+        final_report(accelerator, model, corpus, recipe, run, tracker)
+    return None
+
+
+def train_step(
+    accelerator: Accelerator, model: nn.Module, state: TrainingState, recipe: Recipe, *, stop_requested: bool
+) -> StepResult:
+    """One update of the weights from `gradient_accumulation` consecutive segments of every stream.
+
+    The gradient is that of (nats of all processes and segments) / (their targets): summed, and divided once.
+    """
+    settings, progress, interval = recipe.training, state.progress, state.interval
+    start = time.perf_counter()
+    pretraining = settings.pretraining if progress.step < settings.num_pretraining_steps else None
+    segments = [state.streams.next_segment() for _ in range(settings.gradient_accumulation)]
+    # Streams are equally long and without padding, so every process has as many targets as this one.
+    num_targets = accelerator.num_processes * sum(segment.targets.numel() for segment in segments)
+
+    nll_nats = torch.zeros((), device=accelerator.device)
+    measured: dict[str, list[Tensor]] = {}
+    for i, segment in enumerate(segments):
+        # between segments nothing is exchanged; the last backward pass averages the gradient over the processes
+        with nullcontext() if i == len(segments) - 1 else accelerator.no_sync(model):
+            output = model(
+                segment.input_ids.to(accelerator.device),
+                targets=segment.targets.to(accelerator.device),
+                memory=None if segment.is_start else state.memory,
+                num_unrolled_steps=pretraining and pretraining.num_layers,
+                return_logits=False,
+            )
+            accelerator.backward(output.nll_nats * (accelerator.num_processes / num_targets))
+        state.memory = output.memory
+        nll_nats = nll_nats + output.nll_nats.detach()
+        if pretraining is None:
+            solves = {"solver": output.solution, "adjoint": state.model.adjoint_solution}
+            for name, solution in solves.items():
+                if solution is not None:
+                    measured.setdefault(f"{name}_evaluations", []).append(solution.num_evaluations)
+                    measured.setdefault(f"{name}_residuals", []).append(solution.relative_residual)
+
+    grad_norm = accelerator.clip_grad_norm_(model.parameters(), settings.clip_norm or float("inf"))
+    not_finite = ~(torch.isfinite(nll_nats) & torch.isfinite(grad_norm))
+    # The one wait for the device in a step: skipping and stopping are decided here, by all processes alike.
+    facts = torch.stack([nll_nats.float(), not_finite.float(), torch.full_like(nll_nats, stop_requested).float()])
+    total_nats, num_not_finite, num_stops, norm = torch.cat(
+        [accelerator.reduce(facts, "sum"), grad_norm.reshape(1).float()]
+    ).tolist()
+
+    progress.step += 1
+    progress.num_tokens += num_targets
+    finite = num_not_finite == 0
+    if finite:
+        state.optimizer.step()
+        progress.num_skipped_in_a_row = 0
+        interval.nll_nats += total_nats
+        interval.num_targets += num_targets
+    else:
+        state.memory = None  # it came from the same pass, and would carry what was not finite on
+        progress.num_skipped += 1
+        progress.num_skipped_in_a_row += 1
+        interval.num_skipped += 1
+    state.optimizer.zero_grad()
+    state.schedule.step()
+    for name, tensors in measured.items():
+        getattr(interval, name).extend(torch.cat(tensors).tolist())
+    interval.num_steps += 1
+    interval.seconds += time.perf_counter() - start
+    return StepResult(grad_norm=norm, finite=finite, interrupted=num_stops > 0)
+
+
+def validate(
+    accelerator: Accelerator,
+    model: DEQLMForCausalLM,
+    corpus: EncodedCorpus,
+    recipe: Recipe,
+    tracker: Tracker,
+    step: int,
+) -> None:
+    """Measure and log the validation split."""
+    result = evaluate_perplexity(model, corpus.splits["valid"], recipe.evaluation, accelerator)
+    tracker.log(step, "valid", result.metrics())
+
+
+def final_report(
+    accelerator: Accelerator,
+    model: DEQLMForCausalLM,
+    corpus: EncodedCorpus,
+    recipe: Recipe,
+    run: RunFolder,
+    tracker: Tracker,
+) -> None:
+    """Measure the test split, print the report, and write the model with its numbers to the run's `final` folder."""
+    result = evaluate_perplexity(model, corpus.splits["test"], recipe.evaluation, accelerator)
+    tracker.log(recipe.training.max_steps, "test", result.metrics())
+    if accelerator.is_main_process:
+        aside = begin_folder(run.final)
+        model.save_pretrained(aside)
+        corpus.tokenizer.save_pretrained(aside)
+        write_text(aside / "evaluation.json", json.dumps({"test": result.metrics()}, indent=1))
+        publish_folder(aside, run.final)
+    tracker.say(f"run folder: {run.path}")
+    accelerator.wait_for_everyone()
+
+
+def is_due(step: int, every: int | None) -> bool:
+    """Whether something done every so many steps is to be done after `step`."""
+    return every is not None and step % every == 0
+
+
+def comparable_config(model: DEQLMForCausalLM) -> dict[str, Any]:
+    """The model's configuration without what the library writes about itself."""
+    config = json.loads(model.config.to_json_string(use_diff=False))
+    return {key: value for key, value in config.items() if key not in ("transformers_version", "architectures")}
+
+
+def describe(
+    recipe: Recipe, corpus: EncodedCorpus, model: DEQLMForCausalLM, accelerator: Accelerator, newest: Path | None
+) -> str:
+    """What is about to happen, in a few lines."""
+    settings = recipe.training
+    tokens_per_step = settings.batch_size * settings.segment_length * settings.gradient_accumulation
+    return "\n".join(
+        [
+            f"{recipe.name}: {model.num_parameters():,} parameters, {len(corpus.tokenizer):,} words of vocabulary, "
+            f"{corpus.splits['train'].num_tokens:,} tokens of {recipe.data.corpus} to train on",
+            f"{settings.max_steps:,} steps of {tokens_per_step:,} tokens on {accelerator.num_processes} process(es), "
+            f"{accelerator.device.type}, mixed precision {accelerator.mixed_precision}; run folder {settings.output_dir}",
+            "starting at step 0" if newest is None else f"resuming from {newest}",
+        ]
+    )

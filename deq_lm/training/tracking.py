@@ -1,0 +1,163 @@
+"""What a run shows and records: a progress bar or plain lines, metrics.jsonl, TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import Any
+
+from accelerate.tracking import TensorBoardTracker
+from tqdm import tqdm
+
+from deq_lm.training.run_folder import RunFolder
+
+
+@dataclass
+class Interval:
+    """What one process has seen since the last line of metrics.
+
+    Attributes:
+        num_steps: steps taken.
+        num_targets: targets of the steps that counted, over all processes.
+        nll_nats: their summed loss, over all processes.
+        seconds: time spent in the steps.
+        num_skipped: steps without an update, because a loss or gradient was not finite.
+        solver_evaluations: evaluations of the cell, one number per solved sequence.
+        solver_residuals: relative residual of the same solves.
+        adjoint_evaluations: the same for the adjoint solves of the backward passes.
+        adjoint_residuals: likewise.
+    """
+
+    num_steps: int = 0
+    num_targets: int = 0
+    nll_nats: float = 0.0
+    seconds: float = 0.0
+    num_skipped: int = 0
+    solver_evaluations: list[float] = field(default_factory=list)
+    solver_residuals: list[float] = field(default_factory=list)
+    adjoint_evaluations: list[float] = field(default_factory=list)
+    adjoint_residuals: list[float] = field(default_factory=list)
+
+
+def summarize(intervals: Sequence[Interval]) -> dict[str, float | int | None]:
+    """One line of metrics from the intervals of all processes; None where there was nothing to measure."""
+    first = intervals[0]  # the sums over all processes are the same on each
+    loss = first.nll_nats / first.num_targets if first.num_targets else None
+
+    def pooled(name: str) -> list[float]:
+        return [value for interval in intervals for value in getattr(interval, name)]
+
+    def mean(values: list[float]) -> float | None:
+        return statistics.fmean(values) if values else None
+
+    def median(values: list[float]) -> float | None:
+        middle = statistics.median(values) if values else None
+        return middle if middle is not None and math.isfinite(middle) else None
+
+    return {
+        "loss": loss,
+        "token_perplexity": None if loss is None else math.exp(min(loss, 700.0)),  # exp(710) overflows
+        "tokens_per_second": first.num_targets / first.seconds if first.seconds else None,
+        "solver_evaluations": mean(pooled("solver_evaluations")),
+        "solver_residual": median(pooled("solver_residuals")),
+        "adjoint_evaluations": mean(pooled("adjoint_evaluations")),
+        "adjoint_residual": median(pooled("adjoint_residuals")),
+        "skipped": first.num_skipped,
+    }
+
+
+class Tracker:
+    """Shows and records the metrics of a run; silent on all processes but the main one."""
+
+    def __init__(self, run: RunFolder, *, step: int, max_steps: int, tensorboard: bool, enabled: bool) -> None:
+        """
+        Args:
+            run: where to write; must be open.
+            step: steps taken before.
+            max_steps: steps in all.
+            tensorboard: write TensorBoard files too, if it is installed.
+            enabled: whether this is the main process.
+        """
+        self._enabled = enabled
+        self._first_step, self._max_steps, self._start = step, max_steps, time.monotonic()
+        self._board: TensorBoardTracker | None = None
+        if not enabled:
+            return
+        self._metrics = open(run.metrics, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
+        self._bar = tqdm(total=max_steps, initial=step, unit="step", disable=not sys.stderr.isatty())
+        if tensorboard and find_spec("tensorboard") is not None:
+            self._board = TensorBoardTracker("tensorboard", run.path, purge_step=step + 1)
+            self._board.start()
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self._enabled:
+            return
+        self._bar.close()
+        self._metrics.close()
+        if self._board is not None:
+            self._board.finish()
+
+    def say(self, text: str) -> None:
+        """Print a line without breaking the bar."""
+        if self._enabled:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def advance(self) -> None:
+        """Count one step."""
+        if self._enabled:
+            self._bar.update()
+
+    def log(self, step: int, kind: str, values: Mapping[str, Any]) -> None:
+        """Record `values` of `step`: a line of metrics.jsonl, TensorBoard scalars `kind`/name, a line to read."""
+        if not self._enabled:
+            return
+        self._metrics.write(json.dumps({"step": step, "kind": kind, **values}, allow_nan=False) + "\n")
+        self._metrics.flush()
+        if self._board is not None:
+            scalars = {f"{kind}/{name}": value for name, value in values.items() if value is not None}
+            self._board.log(scalars, step=step)
+        if kind == "train" and not self._bar.disable:
+            self._bar.set_postfix_str(readable(values))
+        elif kind == "train":
+            self.say(f"step {step}/{self._max_steps}  {readable(values)}  eta {self._eta(step)}")
+        else:
+            self.say(f"step {step}/{self._max_steps}  {kind}: {readable(values)}")
+
+    def _eta(self, step: int) -> str:
+        elapsed = time.monotonic() - self._start
+        remaining = elapsed / (step - self._first_step) * (self._max_steps - step)
+        return tqdm.format_interval(remaining)
+
+
+_READABLE = {  # name: how it is shown
+    "loss": "loss {:.3f} nats/token",
+    "nats_per_token": "loss {:.3f} nats/token",
+    "token_perplexity": "perplexity {:.1f}/token",
+    "word_perplexity": "{:.1f}/word",
+    "bits_per_byte": "{:.3f} bits/byte",
+    "tokens_per_second": "{:,.0f} tokens/s",
+    "solver_evaluations": "solver {:.1f} evaluations",
+    "solver_residual": "residual {:.1e}",
+    "adjoint_evaluations": "adjoint {:.1f} evaluations",
+    "adjoint_residual": "residual {:.1e}",
+    "lr": "lr {:.2e}",
+    "grad_norm": "gradient {:.2f}",
+}
+
+
+def readable(values: Mapping[str, Any]) -> str:
+    """Metrics as words with units, in one line; what was not measured is left out."""
+    parts = [text.format(values[name]) for name, text in _READABLE.items() if values.get(name) is not None]
+    if values.get("skipped"):
+        parts.append(f"{values['skipped']} skipped (not finite)")
+    return "  ".join(parts)

@@ -1,0 +1,45 @@
+#!/usr/bin/env python3
+"""Train a language model as a recipe says."""
+
+import argparse
+import logging
+import sys
+
+EPILOG = """examples:
+  accelerate launch scripts/train_lm.py recipes/demo_cpu.yaml
+  accelerate launch scripts/train_lm.py recipes/demo_cpu.yaml training.max_steps=60 training.output_dir=runs/short
+  accelerate launch scripts/train_lm.py recipes/demo_cpu.yaml --resume
+
+Any setting of the recipe can be overridden by its dotted name. Everything a run writes goes to
+training.output_dir, which must be new or empty, or be continued with --resume: from its newest complete
+checkpoint, or from the start if there is none yet.
+
+exit codes: 0 done; 2 a mistake in the call, the recipe, the data or the run folder; 3 the loss stopped
+being finite; 130, 143 stopped by SIGINT, SIGTERM after saving a checkpoint.
+"""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="train_lm", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("recipe", help="a YAML file, see recipes/README.md")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings to replace in the recipe")
+    parser.add_argument("--resume", action="store_true", help="continue the run in training.output_dir")
+    arguments = parser.parse_intermixed_args()
+    logging.basicConfig(level=logging.WARNING, format="train_lm: %(message)s")
+
+    # torch and transformers take seconds to import, which --help and a mistyped option need not wait for
+    from deq_lm.errors import CheckpointError, ConfigError, DataError
+    from deq_lm.training import load_recipe, train
+
+    try:
+        signal_number = train(load_recipe(arguments.recipe, arguments.overrides), resume=arguments.resume)
+    except (CheckpointError, ConfigError, DataError, FloatingPointError) as error:
+        print(f"train_lm: {error}", file=sys.stderr)
+        return 3 if isinstance(error, FloatingPointError) else 2
+    return 0 if signal_number is None else 128 + signal_number
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,44 @@
+"""The recipes that come with the project: valid, complete, and listed."""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deq_lm.modeling.configuration_deq_lm import ModelSettings
+from deq_lm.structure import to_mapping
+from deq_lm.training.recipe import load_recipe
+from deq_lm.training.strict_yaml import read_yaml
+
+FOLDER = Path(__file__).resolve().parents[1] / "recipes"
+RECIPES = sorted(FOLDER.glob("*.yaml"))
+
+
+def places(mapping: Mapping[str, Any], prefix: str = "") -> set[str]:
+    """The dotted names of all settings, as far down as sections go."""
+    found = set()
+    for key, value in mapping.items():
+        found |= places(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key}
+    return found
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_a_recipe_is_valid_and_leaves_no_setting_to_a_default(path):
+    recipe = load_recipe(path)
+    written = read_yaml(path)
+    assert places(written) >= places(to_mapping(recipe))
+    assert written["model"].keys() == {field.name for field in fields(ModelSettings)}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_a_recipe_is_named_after_its_file_and_writes_to_a_folder_of_that_name(path):
+    recipe = load_recipe(path)
+    assert recipe.name == path.stem
+    assert recipe.training.output_dir == f"runs/{path.stem}"
+
+
+def test_every_recipe_is_listed():
+    listing = (FOLDER / "README.md").read_text(encoding="utf-8")
+    assert [path.name for path in RECIPES if f"`{path.name}`" not in listing] == []

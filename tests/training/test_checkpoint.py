@@ -1,0 +1,219 @@
+"""Checkpoints: nothing is lost, nothing is mixed, and no damage goes unseen."""
+
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from tiny_run import make_recipe, make_state
+
+from deq_lm.errors import CheckpointError
+from deq_lm.training import checkpoint, durable
+from deq_lm.training.checkpoint import damage, newest_complete, restore, save
+from deq_lm.training.loop import train_step
+
+STEPS = ("begin_folder", "_write_own_files", "_write_shared_files", "write_manifest", "publish_folder", "remove_folder")
+
+
+class Run:
+    """A state and what is needed to save it."""
+
+    def __init__(self, folder: Path, *overrides: str) -> None:
+        self.folder = folder / "checkpoints"
+        self.recipe = make_recipe(folder, *overrides)
+        self.accelerator = Accelerator()
+        self.state, self.identity, self.tokenizer = make_state(self.recipe, self.accelerator)
+
+    def step(self) -> None:
+        train_step(self.accelerator, self.state.model, self.state, self.recipe, stop_requested=False)
+
+    def save(self, keep: int = 5) -> Path:
+        return save(self.folder, self.state, self.identity, self.tokenizer, self.accelerator, keep=keep)
+
+    def restore(self, path: Path) -> None:
+        restore(path, self.state, self.identity, rank=0)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A folder with the checkpoints of steps 1 and 2; a test that alters them takes a copy."""
+    folder = tmp_path_factory.mktemp("saved")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        run = Run(folder)
+        for _ in range(2):
+            run.step()
+            run.save()
+    return folder
+
+
+@pytest.fixture
+def checkpoints(saved, tmp_path):
+    shutil.copytree(saved / "checkpoints", tmp_path / "checkpoints")
+    return tmp_path / "checkpoints"
+
+
+def test_everything_a_step_depends_on_comes_back(tmp_path):
+    run = Run(tmp_path)
+    for _ in range(3):
+        run.step()
+    path = run.save()
+    draws = [random.random(), np.random.rand(), torch.rand(()).item()]  # noqa: NPY002
+    other = Run(tmp_path)
+    other.restore(path)
+    assert draws == [random.random(), np.random.rand(), torch.rand(()).item()]  # noqa: NPY002
+    for name, tensor in run.state.model.state_dict().items():
+        assert tensor.equal(other.state.model.state_dict()[name])
+    moments, other_moments = (r.state.optimizer.state_dict()["state"] for r in (run, other))
+    assert all(torch.equal(moments[i]["exp_avg_sq"], other_moments[i]["exp_avg_sq"]) for i in moments)
+    assert other.state.schedule.get_last_lr() == run.state.schedule.get_last_lr()
+    assert other.state.streams.state_dict() == run.state.streams.state_dict()
+    assert other.state.progress == run.state.progress
+    assert other.state.interval == run.state.interval
+    assert other.state.memory.z.equal(run.state.memory.z)
+    assert other.state.memory.x.equal(run.state.memory.x)
+
+
+def test_the_newest_are_kept(tmp_path):
+    run = Run(tmp_path)
+    for _ in range(4):
+        run.step()
+        run.save(keep=2)
+    assert sorted(path.name for path in run.folder.iterdir()) == ["step_00000003", "step_00000004"]
+    assert newest_complete(run.folder).name == "step_00000004"
+
+
+@pytest.mark.parametrize("crash_before", STEPS)
+def test_a_kill_between_any_two_files_leaves_the_checkpoint_before_it(tmp_path, monkeypatch, crash_before):
+    run = Run(tmp_path)
+    run.step()
+    first = run.save(keep=1)
+    run.step()
+
+    def kill(*_: object) -> None:
+        raise KeyboardInterrupt  # like a signal, it is not one of the errors that `save` handles
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, crash_before, kill)
+        with pytest.raises(KeyboardInterrupt):
+            run.save(keep=1)
+    published = crash_before == "remove_folder"  # by then the new one is in place
+    assert newest_complete(run.folder).name == ("step_00000002" if published else first.name)
+    second = run.save(keep=1)  # what is left aside does not disturb
+    assert newest_complete(run.folder) == second
+
+
+def test_a_kill_before_the_rename_leaves_no_checkpoint_of_that_name(tmp_path, monkeypatch):
+    run = Run(tmp_path)
+    run.step()
+
+    def kill(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(durable, "sync", kill)
+        with pytest.raises(KeyboardInterrupt):
+            run.save()
+    assert newest_complete(run.folder) is None
+
+
+def test_a_full_disk_is_an_error_of_one_line_and_leaves_nothing_aside(tmp_path, monkeypatch):
+    run = Run(tmp_path)
+    run.step()
+    run.save()
+    run.step()
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_write_shared_files", full)
+        with pytest.raises(CheckpointError, match=r"step_00000002: could not be written.*No space left"):
+            run.save()
+    assert [path.name for path in run.folder.iterdir()] == ["step_00000001"]
+
+
+def test_no_checkpoint_at_all_is_none(tmp_path):
+    assert newest_complete(tmp_path / "absent") is None
+    (tmp_path / "notes").mkdir()
+    assert newest_complete(tmp_path) is None
+
+
+def test_a_flipped_bit_in_any_file_is_noticed_and_the_file_named(checkpoints):
+    draw = random.Random(0)
+    path = checkpoints / "step_00000002"
+    assert damage(path) is None
+    for file in sorted(path.rglob("*")):
+        content = file.read_bytes()
+        for position in {0, len(content) - 1, *draw.choices(range(len(content)), k=5)}:
+            flipped = bytearray(content)
+            flipped[position] ^= 1 << draw.randrange(8)
+            file.write_bytes(flipped)
+            assert damage(path) is not None, (file.name, position)
+            if file.name != "manifest.json":
+                assert str(file) in damage(path)
+        file.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "rank_00000.json", "optimizer.pt", "manifest.json"])
+@pytest.mark.parametrize("length", [0, 100, -1])
+def test_after_a_truncated_file_the_checkpoint_before_is_taken_and_the_file_named(checkpoints, caplog, name, length):
+    file = checkpoints / "step_00000002" / name
+    file.write_bytes(file.read_bytes()[:length])
+    assert newest_complete(checkpoints) == checkpoints / "step_00000001"
+    assert str(file) in caplog.text
+
+
+def test_missing_extra_and_swapped_files_are_noticed(checkpoints):
+    newer, older = checkpoints / "step_00000002", checkpoints / "step_00000001"
+    shutil.copy(older / "optimizer.pt", newer / "optimizer.pt")
+    assert "optimizer.pt: differs" in damage(newer)
+    (newer / "optimizer.pt").unlink()
+    assert "optimizer.pt: missing" in damage(newer)
+    (older / "extra.bin").write_text("x")
+    assert "extra.bin: not in the manifest" in damage(older)
+    with pytest.raises(CheckpointError, match=r"no checkpoint is complete.*optimizer\.pt.*extra\.bin"):
+        newest_complete(checkpoints)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["data.vocab_size=290"], ["model_config.vocab_size: 300 there, 290 here"]),
+        (["model.cell.d_model=24", "training.clip_norm=null"], ["d_model: 16 there, 24", "clip_norm: 1.0 there, null"]),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_refused_before_any_tensor_is_touched(saved, tmp_path, overrides, words):
+    run = Run(tmp_path, *overrides)
+    before = {name: tensor.clone() for name, tensor in run.state.model.state_dict().items()}
+    random_state = torch.get_rng_state()
+    with pytest.raises(CheckpointError, match="belongs to another run") as caught:
+        run.restore(saved / "checkpoints" / "step_00000002")
+    assert all(word in str(caught.value) for word in words)
+    assert all(tensor.equal(before[name]) for name, tensor in run.state.model.state_dict().items())
+    assert torch.get_rng_state().equal(random_state)
+    assert run.state.progress.step == 0
+
+
+def test_settings_that_decide_no_update_may_change(saved):
+    run = Run(saved, "training.max_steps=6", "training.log_every=7", "evaluation.batch_size=1", "training.track=true")
+    run.restore(saved / "checkpoints" / "step_00000002")
+    assert run.state.progress.step == 2
+
+
+class Evil:
+    def __reduce__(self):
+        return (Path.touch, (Path("executed"),))
+
+
+def test_a_pickle_in_the_optimizers_place_is_not_executed(checkpoints, saved, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    path = checkpoints / "step_00000002"
+    torch.save(Evil(), path / "optimizer.pt")
+    checkpoint.write_manifest(path)
+    with pytest.raises(Exception, match=r"(?i)weights.only"):
+        Run(saved).restore(path)
+    assert not Path("executed").exists()

@@ -1,0 +1,44 @@
+"""Signals and the launcher's silence."""
+
+import logging
+import os
+import signal
+
+import pytest
+
+from deq_lm.training.process import StopSignal, warn_of_missing_processes
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_is_noted_and_the_handlers_are_given_back(number):
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    with StopSignal() as stop:
+        assert stop.number is None
+        os.kill(os.getpid(), number)
+        assert stop.number == number
+        assert {n: signal.getsignal(n) for n in before} == before  # a second signal acts at once
+    assert {n: signal.getsignal(n) for n in before} == before
+
+
+def test_a_second_interrupt_is_not_swallowed():
+    with StopSignal():
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_launcher_that_started_one_process_of_several_is_noticed(monkeypatch, caplog):
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with caplog.at_level(logging.WARNING):
+        warn_of_missing_processes(1)
+    assert "--multi_gpu" in caplog.text
+
+
+def test_a_single_or_a_complete_launch_is_not_warned_about(monkeypatch, caplog):
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    warn_of_missing_processes(1)
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    warn_of_missing_processes(2)
+    assert caplog.text == ""

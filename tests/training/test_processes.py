@@ -1,0 +1,112 @@
+"""Several processes train as one does: each owns whole streams, and all decide alike."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator, debug_launcher
+from accelerate.state import AcceleratorState
+from tiny_run import leave_weights_alone, make_recipe, make_state
+
+from deq_lm.errors import CheckpointError
+from deq_lm.training import checkpoint
+from deq_lm.training.loop import train_step
+
+SETTINGS = ("training.clip_norm=null", "training.pretraining=null")
+
+
+def gradients(folder: Path) -> None:
+    """Save this process's gradient of the second of two steps: it depends on what each stream remembers."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # a forked process inherits the parent's
+    torch.set_num_threads(1)
+    accelerator = Accelerator()
+    recipe = make_recipe(folder, *SETTINGS)
+    state, *_ = make_state(recipe, accelerator)
+    state.model.double()
+    model = accelerator.prepare(state.model)
+    leave_weights_alone(state)
+    train_step(accelerator, model, state, recipe, stop_requested=False)
+    for parameter in state.model.parameters():
+        parameter.grad.zero_()
+    result = train_step(accelerator, model, state, recipe, stop_requested=False)
+    grads = {name: parameter.grad for name, parameter in state.model.named_parameters()}
+    facts = {"norm": result.grad_norm, "nats": state.interval.nll_nats, "targets": state.interval.num_targets}
+    torch.save(grads | facts, folder / f"{accelerator.num_processes}_{accelerator.process_index}.pt")
+
+
+def test_two_processes_give_the_gradient_of_one(tmp_path):
+    make_recipe(tmp_path)  # the corpus, before two processes look for it
+    gradients(tmp_path)
+    debug_launcher(gradients, args=(tmp_path,), num_processes=2)
+    one = torch.load(tmp_path / "1_0.pt")
+    for rank in (0, 1):
+        other = torch.load(tmp_path / f"2_{rank}.pt")
+        assert other.keys() == one.keys()
+        for name, value in one.items():
+            torch.testing.assert_close(other[name], value, rtol=1e-6, atol=1e-12, msg=f"{name} on rank {rank}")
+
+
+def skip(folder: Path) -> None:
+    """One process's loss is not finite; record what each process did about it, and a checkpoint of both."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    torch.set_num_threads(1)
+    accelerator = Accelerator()
+    recipe = make_recipe(folder, *SETTINGS)
+    state, identity, tokenizer = make_state(recipe, accelerator)
+    model, state.optimizer = accelerator.prepare(state.model, state.optimizer)
+    train_step(accelerator, model, state, recipe, stop_requested=accelerator.process_index == 1)
+    checkpoint.save(folder / "checkpoints", state, identity, tokenizer, accelerator, keep=1)
+    before = [parameter.clone() for parameter in state.model.parameters()]
+    if accelerator.process_index == 1:
+        forward = state.model.forward
+
+        def infinite(*args, **kwargs):
+            output = forward(*args, **kwargs)
+            output.nll_nats = output.nll_nats + float("inf")
+            return output
+
+        state.model.forward = infinite
+    result = train_step(accelerator, model, state, recipe, stop_requested=accelerator.process_index == 1)
+    unchanged = all(a.equal(b) for a, b in zip(before, state.model.parameters(), strict=True))
+    facts = {"finite": result.finite, "interrupted": result.interrupted, "unchanged": unchanged}
+    # what rank 1 remembers is another part of the text; each process finds its own again
+    checkpoint.restore(
+        checkpoint.newest_complete(folder / "checkpoints"), state, identity, rank=accelerator.process_index
+    )
+    torch.save(
+        facts | {"memory": state.memory.x, "step": state.progress.step}, folder / f"{accelerator.process_index}.pt"
+    )
+
+
+@pytest.fixture(scope="module")
+def skipped(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("skip")
+    make_recipe(folder)
+    debug_launcher(skip, args=(folder,), num_processes=2)
+    return folder
+
+
+def test_all_processes_skip_and_stop_if_one_must(skipped):
+    for rank in (0, 1):
+        facts = torch.load(skipped / f"{rank}.pt")
+        assert not facts["finite"]
+        assert facts["unchanged"]
+        assert facts["interrupted"]
+
+
+def test_each_process_restores_its_own_memory(skipped):
+    first, second = (torch.load(skipped / f"{rank}.pt") for rank in (0, 1))
+    assert first["step"] == second["step"] == 1
+    assert first["memory"].shape == (2, 8, 16)
+    assert not first["memory"].equal(second["memory"])
+
+
+def test_another_number_of_processes_is_refused(skipped, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    accelerator = Accelerator()
+    state, identity, _ = make_state(make_recipe(skipped, *SETTINGS), accelerator)
+    path = checkpoint.newest_complete(skipped / "checkpoints")
+    before = [parameter.clone() for parameter in state.model.parameters()]
+    with pytest.raises(CheckpointError, match=r"written by 2 process\(es\), and this run has 1"):
+        checkpoint.restore(path, state, identity, rank=0)
+    assert all(a.equal(b) for a, b in zip(before, state.model.parameters(), strict=True))

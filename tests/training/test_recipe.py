@@ -1,0 +1,134 @@
+"""Recipes: overrides, ranges, and the words of a refusal."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tiny_run import make_recipe, recipe_mapping
+
+from deq_lm.errors import ConfigError
+from deq_lm.structure import build
+from deq_lm.training.recipe import Recipe, apply_override, load_recipe, recipe_text
+
+
+@pytest.fixture(scope="module")
+def mapping(tmp_path_factory) -> dict[str, Any]:
+    return recipe_mapping(tmp_path_factory.mktemp("recipe"))
+
+
+@pytest.fixture
+def path(mapping, tmp_path) -> Path:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(mapping), encoding="utf-8")
+    return file
+
+
+def test_a_recipe_reads_back_from_its_own_text(path, tmp_path):
+    recipe = load_recipe(path, ["training.optimizer.lr=1.0e-5", "name='ü: no'"])
+    (tmp_path / "copy.yaml").write_text(recipe_text(recipe), encoding="utf-8")
+    assert load_recipe(tmp_path / "copy.yaml") == recipe
+    assert recipe.name == "ü: no"
+
+
+def test_overrides_replace_single_values_lists_and_sections(path):
+    recipe = load_recipe(
+        path,
+        [
+            "training.max_steps=6",
+            "training.optimizer.betas=[0.8, 0.9]",
+            "training.pretraining=null",
+            "training.output_dir=some/run",
+            "model.cell.d_model=64",
+            "seed=7",
+        ],
+    )
+    assert recipe.training.max_steps == 6
+    assert recipe.training.optimizer.betas == (0.8, 0.9)
+    assert recipe.training.pretraining is None
+    assert recipe.training.output_dir == "some/run"
+    assert recipe.model["cell"]["d_model"] == 64
+    assert recipe.seed == 7
+
+
+def test_an_override_reaches_into_a_section_that_was_null(mapping):
+    changed = {**mapping, "training": {**mapping["training"], "pretraining": None}}
+    apply_override(changed, "training.pretraining.fraction=0.5")
+    apply_override(changed, "training.pretraining.num_layers=2")
+    assert build(Recipe, changed).training.num_pretraining_steps == 4
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("training.max_step=3", "recipe.training.max_step: unknown key; did you mean max_steps?"),
+        ("trainin.max_steps=3", "recipe.trainin: unknown key; did you mean training?"),
+        ("model.depht=unrolled", "model.depht: unknown key; did you mean depth?"),
+        ("training.optimizer.lr=1e-3", "write 1.0e-3"),
+        ("training.max_steps=many", "recipe.training.max_steps: expected a whole number"),
+        ("training.max_steps=", "recipe.training.max_steps: expected a whole number"),
+        ("training.max_steps", "expected section.key=value"),
+        ("=3", "expected section.key=value"),
+        ("training..max_steps=3", "expected section.key=value"),
+        ("seed.x=3", "seed is a value, not a section"),
+        ("seed=[1", "override seed:"),
+        ("seed=-1", "seed=-1"),
+        ("training.max_steps=0", "max_steps=0: expected at least 1"),
+        ("training.max_steps=9", "schedule.decay_steps=8: expected at least max_steps=9"),
+        ("training.clip_norm=0", "clip_norm=0.0"),
+        ("training.output_dir=' '", "output_dir is empty"),
+        ("training.pretraining.fraction=1.5", "recipe.training.pretraining: fraction=1.5"),
+        ("training.pretraining.num_layers=0", "recipe.training.pretraining: num_layers=0"),
+        ("training.mixed_precision=fp16", "Valid here: bf16"),
+        ("training.evaluate_every=0", "evaluate_every=0"),
+    ],
+)
+def test_a_wrong_override_is_refused_in_one_line(path, override, words):
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(path, [override])
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def keys_of(mapping: dict[str, Any], prefix: str = "") -> list[str]:
+    keys = []
+    for key, value in mapping.items():
+        keys.append(prefix + key)
+        if isinstance(value, dict):
+            keys += keys_of(value, f"{prefix}{key}.")
+    return keys
+
+
+def typos(word: str) -> set[str]:
+    """All deletions, transpositions, and some replacements and insertions; none of them is the word."""
+    letters = random.Random(word).sample("abcdefghijklmnopqrstuvwxyz_", 3)
+    found = set()
+    for i in range(len(word) + 1):
+        found |= {word[:i] + word[i + 1 :], word[:i] + word[i : i + 2][::-1] + word[i + 2 :]}
+        for letter in letters:
+            found |= {word[:i] + letter + word[i + 1 :], word[:i] + letter + word[i:]}
+    return found - {word, ""}
+
+
+def test_nearly_every_typo_of_one_letter_is_answered_with_the_right_key(mapping, tmp_path):
+    make_recipe(tmp_path)
+    num_typos = num_named = 0
+    for place in keys_of(mapping):
+        *sections, key = place.split(".")
+        parent = mapping
+        for section in sections:
+            parent = parent[section]
+        for typo in typos(key) - parent.keys():
+            wrong = {typo if name == key else name: value for name, value in parent.items()}
+            for depth in range(len(sections), 0, -1):
+                outer = mapping
+                for section in sections[: depth - 1]:
+                    outer = outer[section]
+                wrong = {**outer, sections[depth - 1]: wrong}
+            with pytest.raises(ConfigError) as caught:
+                build(Recipe, wrong)
+            num_typos += 1
+            num_named += f"did you mean {key}?" in str(caught.value)
+    assert num_typos > 1000
+    assert num_named / num_typos >= 0.95

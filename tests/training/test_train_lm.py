@@ -1,0 +1,90 @@
+"""scripts/train_lm.py: what it prints and how it exits."""
+
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny_run import recipe_mapping
+
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "train_lm.py"
+
+
+def call(monkeypatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["train_lm.py", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    return caught.value.code
+
+
+@pytest.fixture
+def recipe(tmp_path) -> str:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe_mapping(tmp_path)), encoding="utf-8")
+    return str(path)
+
+
+def test_a_run_ends_with_zero_and_a_second_one_does_not_touch_it(monkeypatch, recipe, tmp_path, capsys):
+    assert call(monkeypatch, recipe, "training.max_steps=2") == 0
+    run = tmp_path / "run"
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    capsys.readouterr()
+    assert call(monkeypatch, recipe, "training.max_steps=2") == 2
+    captured = capsys.readouterr()
+    assert captured.err == (
+        f"train_lm: {run}: already holds files, and a run is never overwritten; continue it with --resume, or set "
+        "training.output_dir to a new folder.\n"
+    )
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+    assert call(monkeypatch, recipe, "--resume", "training.max_steps=4") == 0
+    assert "resuming from" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["training.max_step=2"], "did you mean max_steps?"),
+        (["training.optimizer.lr=1e-3"], "write 1.0e-3"),
+        (["data.data_dir=/absent"], "/absent"),
+        (["training.segment_length=100000"], "segment"),
+        (["training.batch_size=3", "evaluation.batch_size=0"], "batch_size"),
+    ],
+)
+def test_a_mistake_is_one_line_exit_two_and_nothing_written(monkeypatch, recipe, tmp_path, capsys, arguments, words):
+    assert call(monkeypatch, recipe, *arguments) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("train_lm: ")
+    assert message.count("\n") == 1
+    assert words in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_recipe_is_one_line(monkeypatch, tmp_path, capsys):
+    assert call(monkeypatch, str(tmp_path / "absent.yaml")) == 2
+    assert capsys.readouterr().err == (
+        f"train_lm: {tmp_path / 'absent.yaml'}: No such file or directory; give the path of a YAML recipe.\n"
+    )
+
+
+def test_help_shows_examples_and_imports_nothing_heavy():
+    code = (
+        "import runpy, sys; sys.argv = ['train_lm.py', '--help']\n"
+        "try: runpy.run_path(sys.argv[0] if False else SCRIPT, run_name='__main__')\n"
+        "except SystemExit: print('heavy' if {'torch', 'transformers'} & sys.modules.keys() else 'light')\n"
+    ).replace("SCRIPT", repr(str(SCRIPT)))
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "accelerate launch scripts/train_lm.py recipes/demo_cpu.yaml" in result.stdout
+    assert result.stdout.endswith("light\n")
+
+
+def test_a_run_that_stops_being_finite_ends_with_three(monkeypatch, recipe, capsys):
+    from deq_lm.training import loop
+
+    def fail(*_: object, **__: object) -> None:
+        raise FloatingPointError("step 9: loss not finite")
+
+    monkeypatch.setattr(loop, "train_step", fail)
+    assert call(monkeypatch, recipe) == 3
+    assert capsys.readouterr().err.endswith("train_lm: step 9: loss not finite\n")
