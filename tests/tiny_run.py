@@ -32,7 +32,14 @@ def recipe_mapping(folder: Path) -> dict[str, Any]:
             "cache_dir": str(folder / "cache"),
         },
         "model": {
-            "cell": {"name": "transformer_xl", "d_model": 16, "num_heads": 2, "d_inner": 32, "mem_len": 8},
+            "cell": {
+                "name": "transformer_xl",
+                "d_model": 16,
+                "num_heads": 2,
+                "d_inner": 32,
+                "mem_len": 8,
+                "dropout": 0.1,
+            },
             "stopping": {"max_steps": 6, "rtol": 1.0e-3},
         },
         "training": {
@@ -52,7 +59,14 @@ def recipe_mapping(folder: Path) -> dict[str, Any]:
             "keep_checkpoints": 2,
             "track": False,
         },
-        "evaluation": {"batch_size": 2, "segment_length": 8},
+        "evaluation": {
+            "batch_size": 2,
+            "segment_length": 8,
+            "causality_cuts": 1,
+            "no_op_segments": 0,
+            "unroll_depths": [],
+            "sample_tokens": 0,
+        },
     }
 
 
@@ -71,7 +85,7 @@ def write_corpus(folder: Path) -> Path:
     draw = random.Random(0)
     words = ["".join(draw.choices("abcdefgh", k=draw.randint(1, 6))) for _ in range(60)]
     folder.mkdir(parents=True)
-    for split, num_lines in {"train": 150, "valid": 15, "test": 15}.items():
+    for split, num_lines in {"train": 80, "valid": 6, "test": 6}.items():
         lines = (" ".join(draw.choices(words, k=8)) + ".\n" for _ in range(num_lines))
         (folder / f"{split}.txt").write_text("".join(lines), encoding="utf-8")
     return folder

@@ -70,8 +70,8 @@ class TransformerXLCell(Cell):
 
         ((q_i + u) . k_j + (q_i + v) . r_{i-j}) / sqrt(E),  j <= i,
 
-    with u, v learned biases and r the projected sinusoid of the distance. Memory gives keys and values (no queries) from its
-    own states and inputs by the current weights.
+    with u, v learned biases and r the projected sinusoid of the distance. Memory gives keys and values (no queries) from
+    its own states and inputs by the current weights.
 
     References:
         Dai et al. 2019, "Transformer-XL", section 3.3. Bai, Kolter, Koltun 2019, "Deep equilibrium models", section 4.

@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from deq_lm.evaluation.config import EvaluationConfig
 from deq_lm.evaluation.modes import device_of, measuring
 from deq_lm.evaluation.token_loss import finite
+from deq_lm.modeling import DEQLMForCausalLM
 
 CAUSAL_BELOW_NATS = 1e-3
 """Largest change of an earlier log-probability at which a model still counts as causal."""
@@ -50,11 +51,13 @@ class CausalityAudit:
         return self.max_change_nats is not None and self.max_change_nats <= CAUSAL_BELOW_NATS
 
 
-def audit_causality(model: nn.Module, tokens: np.ndarray, config: EvaluationConfig, *, seed: int = 0) -> CausalityAudit:
+def audit_causality(
+    model: DEQLMForCausalLM, tokens: np.ndarray, config: EvaluationConfig, *, seed: int = 0
+) -> CausalityAudit:
     """Audit a language model, with the solver and stopping rule it is evaluated with.
 
     Args:
-        model: as `DEQLMForCausalLM`; left as it was found.
+        model: left as it was found.
         tokens: 1-D; real text, from which sequences are drawn.
         config: segment_length and causality_cuts.
         seed: of the places, cuts and replacements.
@@ -96,6 +99,6 @@ def _sequences(tokens: np.ndarray, num_sequences: int, length: int, generator: t
     return torch.from_numpy(np.stack([tokens[start : start + length] for start in starts]).astype(np.int64))
 
 
-def _log_probabilities(model: nn.Module, ids: Tensor, memory: Any, cut: int) -> Tensor:
+def _log_probabilities(model: DEQLMForCausalLM, ids: Tensor, memory: Any, cut: int) -> Tensor:
     """log p of every word at the positions before the cut, (B, cut, V)."""
     return model(ids, memory=memory).logits[:, :cut].log_softmax(dim=-1)

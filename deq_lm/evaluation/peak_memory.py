@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, UntypedStorage, nn
+from torch import Tensor, UntypedStorage
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from deq_lm.cells.memory import Memory
 from deq_lm.evaluation.modes import device_of, measuring, seeded
+from deq_lm.modeling import DEQLMForCausalLM
 from deq_lm.solvers import StoppingRule
 
 
@@ -100,7 +101,7 @@ def _storages(tree: Any) -> list[UntypedStorage]:
 
 
 def memory_against_depth(
-    model: nn.Module, input_ids: Tensor, depths: Sequence[int], *, memory: Memory | None = None
+    model: DEQLMForCausalLM, input_ids: Tensor, depths: Sequence[int], *, memory: Memory | None = None
 ) -> list[MemoryRow]:
     """Memory of one training step, forward and backward, up to the hidden states, against the number of evaluations.
 
@@ -108,7 +109,7 @@ def memory_against_depth(
     segments do not count as saved. The equilibrium runs its whole budget, whatever its residual.
 
     Args:
-        model: a `DEQLMForCausalLM` with `depth="equilibrium"`; left as it was found, gradients included.
+        model: with `depth="equilibrium"`; left as it was found, gradients included.
         input_ids: (B, L) int64, on the model's device.
         depths: numbers of evaluations.
         memory: of the segment before.
@@ -116,7 +117,7 @@ def memory_against_depth(
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     present = [*model.parameters(), *model.buffers(), input_ids]
     present += [] if memory is None else [memory.z, memory.x]
-    base: Any = model.model
+    base = model.model
 
     def step(**depth: Any) -> Callable[[], Any]:
         def run() -> None:

@@ -6,11 +6,11 @@ import math
 from dataclasses import dataclass
 
 from accelerate import Accelerator
-from torch import nn
 
 from deq_lm.data.encoding import EncodedSplit
 from deq_lm.evaluation.config import EvaluationConfig
 from deq_lm.evaluation.token_loss import SolveStatistics, finite, score_tokens
+from deq_lm.modeling import DEQLMForCausalLM
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,12 +82,12 @@ class PerplexityResult:
 
 
 def evaluate_perplexity(
-    model: nn.Module, split: EncodedSplit, config: EvaluationConfig, accelerator: Accelerator | None = None
+    model: DEQLMForCausalLM, split: EncodedSplit, config: EvaluationConfig, accelerator: Accelerator | None = None
 ) -> PerplexityResult:
     """Perplexity of a model on one split: all of it, or the first `config.max_segments` segments of every stream.
 
     Args:
-        model: as `DEQLMForCausalLM`; not wrapped, and left as it was found.
+        model: not wrapped; left as it was found.
         split: what to score.
         config: how.
         accelerator: of a run in several processes, which all call this and all get the same result.

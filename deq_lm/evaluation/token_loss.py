@@ -11,11 +11,12 @@ from itertools import islice
 import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import Tensor, nn
+from torch import Tensor
 
 from deq_lm.data.streams import ContiguousStreams
 from deq_lm.evaluation.config import EvaluationConfig
 from deq_lm.evaluation.modes import device_of, measuring
+from deq_lm.modeling import DEQLMForCausalLM
 from deq_lm.solvers import Outcome, Solution
 
 
@@ -82,12 +83,12 @@ class _Sums:
 
 
 def score_tokens(
-    model: nn.Module, tokens: np.ndarray, config: EvaluationConfig, accelerator: Accelerator | None = None
+    model: DEQLMForCausalLM, tokens: np.ndarray, config: EvaluationConfig, accelerator: Accelerator | None = None
 ) -> TokenLoss:
     """The loss of a language model on one token array.
 
     Args:
-        model: as `DEQLMForCausalLM`; not wrapped, and left as it was found.
+        model: not wrapped; left as it was found.
         tokens: 1-D; tokens[0] is context only, all others are targets.
         config: streams, segments, and how many segments at most.
         accelerator: of a run in several processes; each scores its own streams, and all get the sum.

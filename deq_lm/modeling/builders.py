@@ -32,17 +32,17 @@ ADJOINTS: dict[str, type] = {
 }
 
 
-def build_solver(mapping: Mapping[str, Any], where: str) -> FixedPointSolver:
+def build_solver(mapping: Any, where: str) -> FixedPointSolver:
     """A solver from {"name": ..., its fields}."""
     return choose(SOLVERS, mapping, where)
 
 
-def build_stopping(mapping: Mapping[str, Any], where: str) -> StoppingRule:
+def build_stopping(mapping: Any, where: str) -> StoppingRule:
     """A stopping rule from its fields."""
     return build(StoppingRule, mapping, where)
 
 
-def build_adjoint(mapping: Mapping[str, Any], where: str) -> Adjoint:
+def build_adjoint(mapping: Any, where: str) -> Adjoint:
     """An adjoint from {"name": ..., its fields}; `implicit` has sections `solver` and `stopping`."""
     settings = choose(ADJOINTS, mapping, where)
     if isinstance(settings, ImplicitSettings):
@@ -50,7 +50,7 @@ def build_adjoint(mapping: Mapping[str, Any], where: str) -> Adjoint:
     return settings
 
 
-def build_cell_config(mapping: Mapping[str, Any], where: str) -> TransformerXLConfig:
+def build_cell_config(mapping: Any, where: str) -> TransformerXLConfig:
     """A cell's configuration from {"name": ..., its fields}."""
     return choose(CELLS, mapping, where)
 

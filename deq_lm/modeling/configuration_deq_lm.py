@@ -87,9 +87,8 @@ class DEQLMConfig(PreTrainedConfig):
         self.cell = cell_mapping(build_cell_config(self.cell or {"name": "transformer_xl"}, "model.cell"))
         self.solver = solver_mapping(build_solver(self.solver or {"name": "broyden"}, "model.solver"))
         self.stopping = to_mapping(build_stopping(self.stopping or {}, "model.stopping"))
-        if self.evaluation_stopping is not None:
-            evaluation = build_stopping(self.evaluation_stopping, "model.evaluation_stopping")
-            self.evaluation_stopping = to_mapping(evaluation)
+        evaluation = build_stopping(self.evaluation_stopping or self.stopping, "model.evaluation_stopping")
+        self.evaluation_stopping = to_mapping(evaluation)
         self.adjoint = adjoint_mapping(build_adjoint(self.adjoint or {"name": "implicit"}, "model.adjoint"))
         super().__post_init__(**kwargs)
 
@@ -113,7 +112,7 @@ class DEQLMConfig(PreTrainedConfig):
         return self.cell
 
 
-def build_config(mapping: Mapping[str, Any], vocab_size: int, **token_ids: int | None) -> DEQLMConfig:
+def build_config(mapping: Mapping[str, Any], vocab_size: int, *, eos_token_id: int | None = None) -> DEQLMConfig:
     """The configuration of a recipe's `model` section, strictly: an unknown key names the nearest valid one.
 
     Raises:
@@ -121,4 +120,4 @@ def build_config(mapping: Mapping[str, Any], vocab_size: int, **token_ids: int |
     """
     settings = build(ModelSettings, mapping, "model")
     plain = {key: value for key, value in to_mapping(settings).items() if value is not None}
-    return DEQLMConfig(vocab_size=vocab_size, **plain, **token_ids)
+    return DEQLMConfig(vocab_size=vocab_size, eos_token_id=eos_token_id, **plain)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from deq_lm.cells.memory import Memory
 from deq_lm.equilibrium import Equilibrium, EquilibriumOutput
@@ -73,15 +73,14 @@ class DEQLMModel(DEQLMPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
         cell = build_cell(build_cell_config(config.cell, "model.cell"))
-        if config.depth == "unrolled":
+        if config.num_layers is not None:
             self.equilibrium = Equilibrium.unrolled(cell, config.num_layers)
         else:
-            evaluation = config.evaluation_stopping
             self.equilibrium = Equilibrium(
                 cell,
                 solver=build_solver(config.solver, "model.solver"),
                 stopping=build_stopping(config.stopping, "model.stopping"),
-                evaluation_stopping=evaluation and build_stopping(evaluation, "model.evaluation_stopping"),
+                evaluation_stopping=build_stopping(config.evaluation_stopping, "model.evaluation_stopping"),
                 adjoint=build_adjoint(config.adjoint, "model.adjoint"),
             )
         self.post_init()
@@ -89,7 +88,8 @@ class DEQLMModel(DEQLMPreTrainedModel):
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embed_tokens
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        assert isinstance(value, nn.Embedding)
         self.embed_tokens = value
 
     def forward(

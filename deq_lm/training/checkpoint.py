@@ -46,6 +46,7 @@ MANIFEST = "manifest.json"
 
 MAY_CHANGE = (
     "recipe.name",
+    "recipe.model",
     "recipe.data.data_dir",
     "recipe.data.cache_dir",
     "recipe.training.output_dir",
@@ -57,8 +58,8 @@ MAY_CHANGE = (
     "recipe.training.track",
     "recipe.evaluation",
 )
-"""Settings a run may be continued with another value of: they decide no update of the weights (or, as max_steps,
-are meant to be raised). The data itself is compared by its fingerprint."""
+"""Settings a run may be continued with another value of: they decide no update of the weights, or are meant to be
+raised (max_steps), or are compared in another form (the model by its configuration, the data by a fingerprint)."""
 
 logger = logging.getLogger(__name__)
 

@@ -7,11 +7,10 @@ scheduler would step once per process.
 
 from __future__ import annotations
 
-import json
 import signal
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +23,13 @@ from transformers.utils.logging import disable_progress_bar
 from deq_lm.data.encoding import EncodedCorpus, prepare
 from deq_lm.data.streams import ContiguousStreams
 from deq_lm.errors import ConfigError
-from deq_lm.evaluation import evaluate_perplexity
+from deq_lm.evaluation import PerplexityResult, evaluate, evaluate_perplexity, render, write_result
 from deq_lm.modeling import DEQLMForCausalLM, build_config
+from deq_lm.modeling.configuration_deq_lm import ModelSettings
 from deq_lm.structure import to_mapping
 from deq_lm.training import checkpoint
 from deq_lm.training.checkpoint import Identity, TrainingState
-from deq_lm.training.durable import begin_folder, publish_folder, write_text
+from deq_lm.training.durable import begin_folder, publish_folder
 from deq_lm.training.optimizer import make_optimizer
 from deq_lm.training.process import StopSignal, warn_of_missing_processes
 from deq_lm.training.recipe import Recipe
@@ -245,15 +245,24 @@ def final_report(
     tracker: Tracker,
 ) -> None:
     """Measure the test split, print the report, and write the model with its numbers to the run's `final` folder."""
-    result = evaluate_perplexity(model, corpus.splits["test"], recipe.evaluation, accelerator)
-    tracker.log(recipe.training.max_steps, "test", result.metrics())
-    if accelerator.is_main_process:
+    result = evaluate(
+        model,
+        corpus,
+        recipe.evaluation,
+        seed=recipe.seed,
+        location=str(run.path),
+        recipe=to_mapping(recipe),
+        accelerator=accelerator,
+    )
+    if result is not None:  # on the main process
+        metrics = PerplexityResult(result.perplexity, result.solves).metrics()
+        tracker.log(recipe.training.max_steps, "test", metrics)
         aside = begin_folder(run.final)
         model.save_pretrained(aside)
         corpus.tokenizer.save_pretrained(aside)
-        write_text(aside / "evaluation.json", json.dumps({"test": result.metrics()}, indent=1))
+        write_result(aside / "evaluation.json", result)
         publish_folder(aside, run.final)
-    tracker.say(f"run folder: {run.path}")
+        tracker.say(f"\n{render(result)}\n\nrun folder: {run.path}")
     accelerator.wait_for_everyone()
 
 
@@ -263,9 +272,9 @@ def is_due(step: int, every: int | None) -> bool:
 
 
 def comparable_config(model: DEQLMForCausalLM) -> dict[str, Any]:
-    """The model's configuration without what the library writes about itself."""
-    config = json.loads(model.config.to_json_string(use_diff=False))
-    return {key: value for key, value in config.items() if key not in ("transformers_version", "architectures")}
+    """The model's configuration with all defaults filled in, without what the library writes about itself."""
+    names = ["vocab_size", *(field.name for field in fields(ModelSettings))]
+    return {name: getattr(model.config, name) for name in names}
 
 
 def describe(

@@ -43,18 +43,15 @@ class OptimizerConfig:
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     """Adam or AdamW over the trainable parameters of `model`, in two groups: decayed and not."""
-    parameters = [(name, tensor) for name, tensor in model.named_parameters() if tensor.requires_grad]
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
-        {"params": [p for name, p in parameters if is_decayed(name, p)], "weight_decay": config.weight_decay},
-        {"params": [p for name, p in parameters if not is_decayed(name, p)], "weight_decay": 0.0},
+        {"params": [p for p in parameters if is_decayed(p)], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if not is_decayed(p)], "weight_decay": 0.0},
     ]
     algorithm = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[config.name]
     return algorithm(groups, lr=config.lr, betas=config.betas, eps=config.eps)
 
 
-def is_decayed(name: str, parameter: Tensor) -> bool:
-    """Whether a parameter is a matrix: two axes longer than one (a gain of shape (n, 1) is none), no bias.
-
-    The attention's content and position biases have the shape (heads, width); their names say what they are.
-    """
-    return sum(size > 1 for size in parameter.shape) >= 2 and "bias" not in name.rpartition(".")[2]
+def is_decayed(parameter: Tensor) -> bool:
+    """Whether a parameter is a matrix: two axes longer than one, so that a gain of shape (n, 1) is none."""
+    return sum(size > 1 for size in parameter.shape) >= 2

@@ -13,24 +13,15 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 import shutil
-import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import accelerate
-import torch
-import transformers
 
 from deq_lm.errors import CheckpointError
+from deq_lm.evaluation.results import environment
 from deq_lm.training.durable import write_text
 from deq_lm.training.recipe import Recipe, recipe_text
-
-PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
@@ -91,7 +82,7 @@ class RunFolder:
                 shutil.rmtree(leftover)
             write_text(self.recipe, recipe_text(recipe))
             starts = json.loads(self.versions.read_text("utf-8")) if self.versions.exists() else []
-            write_text(self.versions, json.dumps([*starts, {"step": step, **versions()}], indent=1))
+            write_text(self.versions, json.dumps([*starts, {"step": step, **environment()}], indent=1))
             kept = [line for line in self._metrics_lines() if json.loads(line)["step"] <= step]
             write_text(self.metrics, "".join(line + "\n" for line in kept))
         except OSError as error:
@@ -103,34 +94,3 @@ class RunFolder:
         """The whole lines of metrics.jsonl; a kill can leave a last line without its end."""
         if self.metrics.exists():
             yield from self.metrics.read_text("utf-8").split("\n")[:-1]
-
-
-def versions() -> dict[str, Any]:
-    """What this process runs on: versions of the software, the machine, the commit if the package lies in a clone."""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "accelerate": accelerate.__version__,
-        "platform": platform.platform(),
-        "cpu": platform.processor() or platform.machine(),
-        "cpu_count": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "commit": _commit(),
-    }
-
-
-def _commit() -> str | None:
-    """The commit of the clone the package lies in, with "+changes" if files differ from it; None outside a clone."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(PACKAGE_ROOT), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        if Path(git("rev-parse", "--show-toplevel")).resolve() != PACKAGE_ROOT:
-            return None
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None

@@ -12,7 +12,7 @@ from deq_lm.errors import CheckpointError
 from deq_lm.training import checkpoint
 from deq_lm.training.loop import train_step
 
-SETTINGS = ("training.clip_norm=null", "training.pretraining=null")
+SETTINGS = ("training.clip_norm=null", "training.pretraining=null", "model.cell.dropout=0.0")
 
 
 def gradients(folder: Path) -> None:

@@ -116,7 +116,7 @@ def test_a_finished_run_cannot_be_resumed_to_fewer_steps(tmp_path):
     ("override", "words"),
     [
         ("data.vocab_size=290", "model_config.vocab_size: 300 there, 290 here"),
-        ("model.cell.d_inner=48", "recipe.model.cell.d_inner: 32 there, 48 here"),
+        ("model.cell.d_inner=48", "model_config.cell.d_inner: 32 there, 48 here"),
         ("training.optimizer.lr=0.02", "recipe.training.optimizer.lr: 0.01 there, 0.02 here"),
         ("training.batch_size=2", "recipe.training.batch_size: 4 there, 2 here"),
         ("seed=2", "recipe.seed: 1 there, 2 here"),

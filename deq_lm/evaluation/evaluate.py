@@ -1,0 +1,105 @@
+"""evaluate(): all that is measured of a model, in order; the end of a training run and eval/run.py both call it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from deq_lm.data.encoding import EncodedCorpus
+from deq_lm.evaluation.causality import audit_causality
+from deq_lm.evaluation.config import EvaluationConfig
+from deq_lm.evaluation.modes import device_of, measuring
+from deq_lm.evaluation.ngram import Bigram, Unigram
+from deq_lm.evaluation.no_op import check_no_op
+from deq_lm.evaluation.peak_memory import MemoryRow, memory_against_depth
+from deq_lm.evaluation.perplexity import evaluate_perplexity
+from deq_lm.evaluation.results import SCHEMA_VERSION, EvaluationResult, environment
+from deq_lm.evaluation.sample import sample_text
+from deq_lm.modeling import DEQLMForCausalLM
+
+
+def evaluate(
+    model: DEQLMForCausalLM,
+    corpus: EncodedCorpus,
+    config: EvaluationConfig,
+    *,
+    split: str = "test",
+    seed: int = 0,
+    location: str | None = None,
+    recipe: Mapping[str, Any] | None = None,
+    accelerator: Accelerator | None = None,
+) -> EvaluationResult | None:
+    """Measure a model on a split, all of it, in the precision of its weights.
+
+    Args:
+        model: not wrapped; left as it was found.
+        corpus: encoded with the model's tokenizer.
+        config: how to measure; `max_segments` has no part in it.
+        split: what to score.
+        seed: of the causality audit and the sample.
+        location: the checkpoint or run folder, for the record.
+        recipe: the settings of the run, for the record.
+        accelerator: of a run in several processes, which all call this.
+
+    Returns:
+        The result, on the main process; None on the others, which help with the perplexity only.
+
+    Raises:
+        ConfigError: batch_size cannot be divided among the processes.
+    """
+    measured = corpus.splits[split]
+    result = evaluate_perplexity(model, measured, replace(config, max_segments=None), accelerator)
+    if accelerator is not None and not accelerator.is_main_process:
+        return None
+
+    vocab_size = model.config.vocab_size
+    train_tokens = corpus.splits["train"].tokens
+    baselines = {
+        name: replace(result.perplexity, nll_nats=kind.fit(train_tokens, vocab_size).nll_nats(measured.tokens))
+        for name, kind in (("unigram", Unigram), ("bigram", Bigram))
+    }
+    is_equilibrium = model.config.depth == "equilibrium"
+    memory, memory_shape = _memory(model, measured.tokens, config) if is_equilibrium else ((), None)
+    return EvaluationResult(
+        schema_version=SCHEMA_VERSION,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        location=location,
+        split=split,
+        data_fingerprint=corpus.fingerprint,
+        seed=seed,
+        precision=str(next(model.parameters()).dtype).removeprefix("torch."),
+        model=json.loads(model.config.to_json_string(use_diff=False)),
+        recipe=recipe,
+        evaluation=config,
+        environment=environment(),
+        perplexity=result.perplexity,
+        unigram=baselines["unigram"],
+        bigram=baselines["bigram"],
+        solves=result.solves,
+        causality=audit_causality(model, measured.tokens, config, seed=seed),
+        no_op=check_no_op(model, measured.tokens, config) if is_equilibrium and config.no_op_segments else None,
+        memory=memory,
+        memory_shape=memory_shape,
+        sample=sample_text(model, corpus.tokenizer, config, seed=seed) if config.sample_tokens else None,
+    )
+
+
+def _memory(
+    model: DEQLMForCausalLM, tokens: np.ndarray, config: EvaluationConfig
+) -> tuple[tuple[MemoryRow, ...], tuple[int, int, int] | None]:
+    """Rows for one stream, the second segment of the split with the memory of the first, and their shape."""
+    if not config.unroll_depths:
+        return (), None
+    length = min(config.segment_length, len(tokens) // 2)
+    text = torch.from_numpy(np.array(tokens[: 2 * length], dtype=np.int64))[None].to(device_of(model))
+    with measuring(model):
+        memory = model(text[:, :length], return_logits=False).memory
+    rows = memory_against_depth(model, text[:, length:], config.unroll_depths, memory=memory)
+    return tuple(rows), (1, length, 0 if memory is None else memory.length)

@@ -1,0 +1,182 @@
+"""An evaluation result as plain text, at most 100 columns wide (a path is never broken)."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Sequence
+
+from deq_lm.evaluation.causality import CAUSAL_BELOW_NATS, CausalityAudit
+from deq_lm.evaluation.results import EvaluationResult
+from deq_lm.evaluation.sample import printable
+
+WIDTH = 100
+LABEL_WIDTH = 20
+
+
+def render(result: EvaluationResult) -> str:
+    """The table that ends a training run and that eval/run.py prints."""
+    sections = [
+        _heading(result),
+        _perplexities(result),
+        [line for lines in (_protocol(result), _solves(result), _causality(result.causality)) for line in lines],
+        _no_op(result),
+        _memory(result),
+        _sample(result),
+        _origin(result),
+    ]
+    return "\n\n".join("\n".join(lines) for lines in sections if lines)
+
+
+def _heading(result: EvaluationResult) -> list[str]:
+    scored = result.perplexity
+    words = "-" if scored.num_words is None else f"{scored.num_words:,}"
+    return [f"{result.split.capitalize()} split: {scored.num_tokens:,} tokens, {words} words, each token scored once"]
+
+
+def _perplexities(result: EvaluationResult) -> list[str]:
+    models = {"this model": result.perplexity, "bigram": result.bigram, "unigram": result.unigram}
+    rows = [
+        ("", "perplexity", "perplexity", "nats", "nats", "bits"),
+        ("", "per word", "per token", "per word", "per token", "per byte"),
+    ]
+    for name, perplexity in models.items():
+        values = (
+            _number(perplexity.word_perplexity, ",.2f"),
+            _number(perplexity.token_perplexity, ",.2f"),
+            _number(perplexity.nats_per_word, ".4f"),
+            _number(perplexity.nats_per_token, ".4f"),
+            _number(perplexity.bits_per_byte, ".4f"),
+        )
+        rows.append((name, *values))
+    notes = _item("", "bigram (interpolated Kneser-Ney) and unigram: fitted to the training split, same tokens")
+    warning = (
+        [] if result.causality.is_causal else _item("", "NOT CAUSAL: the perplexity of this model has seen the future")
+    )
+    return _table(rows) + notes + warning
+
+
+def _protocol(result: EvaluationResult) -> list[str]:
+    config = result.evaluation
+    mem_len = result.model["cell"]["mem_len"]
+    text = f"{config.batch_size} streams, segments of {config.segment_length}, memory of {mem_len}, {result.precision}"
+    return _item("measured with", text)
+
+
+def _solves(result: EvaluationResult) -> list[str]:
+    model, solves = result.model, result.solves
+    residuals = (
+        f"relative: median {_number(solves.median_residual, '.1e')}, 95 % {_number(solves.residual_95, '.1e')}, "
+        f"largest {_number(solves.max_residual, '.1e')}"
+    )
+    if model["depth"] == "unrolled":
+        return _item("depth", f"unrolled, {model['num_layers']} layers of the same weights") + _item(
+            "residual", residuals
+        )
+    solver, stopping = model["solver"], model["evaluation_stopping"] or model["stopping"]
+    method = (
+        f"{solver['name']}, {solver.get('scope', 'prefix')} scope, at most {stopping['max_steps']} steps, "
+        f"rtol {stopping['rtol']:g}, atol {stopping['atol']:g}"
+    )
+    evaluations = (
+        f"mean {solves.mean_evaluations:.1f}, most {solves.max_evaluations}, in {solves.num_solves:,} solves "
+        "(a segment of a stream each)"
+    )
+    others = ", ".join(f"{count:,} {name}" for name, count in sorted(solves.outcomes.items()) if name != "converged")
+    converged = f"{100 * solves.share_converged:.1f} % of solves" + (f"; the others: {others}" if others else "")
+    lines = {"solver": method, "evaluations": evaluations, "converged": converged, "residual": residuals}
+    return [line for label, text in lines.items() for line in _item(label, text)]
+
+
+def _causality(audit: CausalityAudit) -> list[str]:
+    verdict = "causal" if audit.is_causal else "NOT CAUSAL"
+    comparison = (
+        f"{verdict}: other text after a cut changes an earlier log-probability by at most "
+        f"{_number(audit.max_change_nats, '.2g')} nats (mean {_number(audit.mean_change_nats, '.2g')}; limit "
+        f"{CAUSAL_BELOW_NATS:g}; {audit.num_cuts} cuts)"
+    )
+    bias = (
+        f"text after it changes the loss of a token by {_number(audit.mean_bias_nats, '+.1e')} +- "
+        f"{_number(audit.bias_standard_error_nats, '.1e')} nats on average"
+    )
+    return _item("causality", comparison) + _item("", bias)
+
+
+def _no_op(result: EvaluationResult) -> list[str]:
+    check = result.no_op
+    if check is None:
+        return []
+    text = (
+        f"the solve ends {_number(check.distance, '.2f')} of its norm away from the first evaluation; "
+        f"{_number(check.nats_per_token, '.3f')} nats per token instead of {_number(check.first_nats_per_token, '.3f')} "
+        f"(on {check.num_tokens:,} tokens)"
+    )
+    return _item("no-op check", text)
+
+
+def _memory(result: EvaluationResult) -> list[str]:
+    rows = result.memory
+    if result.memory_shape is None or not rows:
+        return []
+    sequences, length, mem_len = result.memory_shape
+    shape = f"{sequences} sequence of {length} tokens and {mem_len} of memory, without the output layer"
+    equilibrium, unrolled = [row.equilibrium_bytes for row in rows], [row.unrolled_bytes for row in rows]
+    equilibrium_peak = [row.equilibrium_peak_bytes for row in rows]
+    unrolled_peak = [row.unrolled_peak_bytes for row in rows]
+    table = [
+        ("MB, by evaluations", *(str(row.depth) for row in rows)),
+        ("saved for backward", *[""] * len(rows)),
+        ("  equilibrium", *map(_megabytes, equilibrium)),
+        ("  unrolled", *map(_megabytes, unrolled)),
+        ("  ratio", *map(_ratio, unrolled, equilibrium)),
+        ("peak of live tensors", *[""] * len(rows)),
+        ("  equilibrium", *map(_megabytes, equilibrium_peak)),
+        ("  unrolled", *map(_megabytes, unrolled_peak)),
+        ("  ratio", *map(_ratio, unrolled_peak, equilibrium_peak)),
+    ]
+    return _item("memory", f"of one training step: {shape}") + _table(table)
+
+
+def _sample(result: EvaluationResult) -> list[str]:
+    if result.sample is None:
+        return []
+    temperature = f"temperature {result.evaluation.sample_temperature:g}"
+    prompt = [f"prompt: {line}" for line in _wrapped(result.sample.prompt)] if result.sample.prompt else []
+    return [f"sample ({temperature})", *prompt, *(f"  | {line}" for line in _wrapped(result.sample.text))]
+
+
+def _origin(result: EvaluationResult) -> list[str]:
+    machine = result.environment
+    versions = f"torch {machine['torch']}, transformers {machine['transformers']}, python {machine['python']}"
+    lines = _item("software", f"commit {machine['commit'] or 'unknown'}; {versions}") + _item("seed", str(result.seed))
+    if result.location is not None:
+        lines.append(f"{'model':<{LABEL_WIDTH}}{printable(result.location)}")
+    return lines
+
+
+def _item(label: str, text: str) -> list[str]:
+    """A labelled paragraph."""
+    lines = textwrap.wrap(text, WIDTH - LABEL_WIDTH, break_long_words=True) or [""]
+    return [f"{label if i == 0 else '':<{LABEL_WIDTH}}{line}".rstrip() for i, line in enumerate(lines)]
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of cells, the first flush left and the others flush right."""
+    lines = ("".join([f"{row[0]:<{LABEL_WIDTH + 2}}", *(f"{cell:>13}" for cell in row[1:])]) for row in rows)
+    return [line.rstrip() for line in lines]
+
+
+def _wrapped(text: str) -> Iterable[str]:
+    for line in printable(text).split("\n"):
+        yield from textwrap.wrap(line, WIDTH - 8) or [""]
+
+
+def _number(value: float | None, form: str) -> str:
+    return "not finite" if value is None else format(value, form)
+
+
+def _megabytes(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:,.3f}"
+
+
+def _ratio(larger: int, smaller: int) -> str:
+    return f"{larger / smaller:.2f}"

@@ -1,0 +1,210 @@
+"""The Transformer-XL cell against loops, against itself cut in two, and its promises to a solver."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from deq_lm.cells import Memory, TransformerXLCell, TransformerXLConfig
+from deq_lm.cells.relative_position import by_key, sinusoids
+
+BATCH, LENGTH, PAST, WIDTH, HEADS = 2, 5, 3, 8, 2
+
+
+def make(**options) -> TransformerXLCell:
+    torch.manual_seed(0)
+    sizes = {"d_model": WIDTH, "num_heads": HEADS, "d_inner": 12, "mem_len": PAST, "init_std": 0.4}
+    config = TransformerXLConfig(**{**sizes, **options})
+    return TransformerXLCell(config).double().eval()
+
+
+def states(length: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(BATCH, length, WIDTH, dtype=torch.float64, generator=generator)
+
+
+def attention_by_loops(cell: TransformerXLCell, z: Tensor, x: Tensor) -> Tensor:
+    """Dai et al. 2019, section 3.3, with Bai et al.'s injection: one number at a time, the whole past in z and x."""
+    width = WIDTH // HEADS
+    projected = z @ cell.qkv.weight.T + x @ cell.inject.weight.T
+    query, key, value = projected.split(WIDTH, dim=-1)
+    out = torch.zeros_like(z)
+    for batch in range(z.shape[0]):
+        for head in range(HEADS):
+            part = slice(head * width, (head + 1) * width)
+            for i in range(z.shape[1]):
+                scores = []
+                for j in range(i + 1):
+                    angles = [(i - j) / 10000 ** (2 * k / WIDTH) for k in range(WIDTH // 2)]
+                    embedding = torch.tensor([*map(math.sin, angles), *map(math.cos, angles)], dtype=torch.float64)
+                    r = (cell.distance.weight @ embedding)[part]
+                    q = query[batch, i, part]
+                    content = (q + cell.content_bias[part]) @ key[batch, j, part]
+                    scores.append((content + (q + cell.distance_bias[part]) @ r) / math.sqrt(width))
+                weights = torch.stack(scores).softmax(0)
+                out[batch, i, part] = sum(w * value[batch, j, part] for j, w in enumerate(weights))
+    return out @ cell.merge.weight.T
+
+
+def by_loops(cell: TransformerXLCell, z: Tensor, x: Tensor) -> Tensor:
+    def feed_forward(h: Tensor) -> Tensor:
+        return cell.contract(cell.expand(h).relu())
+
+    if cell.config.norm == "post":
+        h = cell.attention_norm(z + attention_by_loops(cell, z, x))
+        return cell.output_norm(h + feed_forward(h))
+    h = cell.output_norm(z + attention_by_loops(cell, cell.attention_norm(z), x))
+    return h + feed_forward(h)
+
+
+@pytest.mark.parametrize("norm", ["post", "pre"])
+@pytest.mark.parametrize("weight_norm", [False, True])
+def test_an_evaluation_with_memory_equals_four_nested_loops(norm, weight_norm: bool):
+    cell = make(norm=norm, weight_norm=weight_norm)
+    z, x = states(PAST + LENGTH, 1), states(PAST + LENGTH, 2)
+    with torch.no_grad():
+        expected = by_loops(cell, z, x)
+        whole = cell.bind(x)(z)
+        second = cell.bind(x[:, PAST:], Memory(z[:, :PAST], x[:, :PAST]))(z[:, PAST:])
+    torch.testing.assert_close(whole, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(second, expected[:, PAST:], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("norm", ["post", "pre"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_future_changes_no_bit_of_the_past(norm, dtype: torch.dtype):
+    cell = make(norm=norm).to(dtype)
+    z, x = states(LENGTH, 1).to(dtype), states(LENGTH, 2).to(dtype)
+    memory = Memory(states(PAST, 3).to(dtype), states(PAST, 4).to(dtype))
+    with torch.no_grad():
+        before = cell.bind(x, memory)(z)
+        for cut in range(1, LENGTH):
+            changed_z, changed_x = z.clone(), x.clone()
+            changed_z[:, cut:] += 100
+            changed_x[:, cut:] -= 50
+            after = cell.bind(changed_x, memory)(changed_z)
+            assert torch.equal(before[:, :cut], after[:, :cut])
+            assert not torch.equal(before[:, cut:], after[:, cut:])
+
+
+def test_left_padding_that_is_masked_changes_nothing():
+    cell = make()
+    z, x = states(LENGTH, 1), states(LENGTH, 2)
+    padded_z, padded_x = torch.cat([states(4, 5), z], 1), torch.cat([states(4, 6), x], 1)
+    mask = torch.tensor([[False] * 4 + [True] * LENGTH] * BATCH)
+    with torch.no_grad():
+        found = cell.bind(padded_x, key_mask=mask)(padded_z)
+        torch.testing.assert_close(found[:, 4:], cell.bind(x)(z), rtol=0, atol=1e-12)
+        assert found.isfinite().all()
+
+
+def test_what_does_not_depend_on_z_is_computed_once_per_solve():
+    cell = make(weight_norm=True, dropout=0.5).train()
+    calls = []
+    for linear in cell._linears():
+        linear.parametrizations.weight.register_forward_hook(lambda *_, name=linear: calls.append(name))
+    f = cell.bind(states(LENGTH, 2), Memory(states(PAST, 3), states(PAST, 4)))
+    assert len(calls) == 6
+    for seed in range(3):
+        f(states(LENGTH, seed))
+    assert len(calls) == 6
+
+
+def test_one_dropout_mask_a_solve_over_features_and_not_over_positions():
+    cell = make(dropout=0.5).train()
+    z, x = states(LENGTH, 1), states(LENGTH, 2)
+    f = cell.bind(x)
+    assert torch.equal(f(z), f(z))
+    assert not torch.equal(f(z), cell.bind(x)(z))
+    mask = f.tensors["attention_dropout"]
+    assert mask.shape == (BATCH, 1, WIDTH)
+    assert set(mask.unique().tolist()) == {0.0, 2.0}
+    assert "attention_dropout" not in cell.eval().bind(x).tensors
+
+
+def test_gradients_reach_every_parameter_and_the_input_and_are_right():
+    cell = make(weight_norm=True)
+    z, x = states(LENGTH, 1).requires_grad_(), states(LENGTH, 2).requires_grad_()
+    memory = Memory(states(PAST, 3), states(PAST, 4))
+    cell.bind(x, memory)(z).square().sum().backward()
+    assert x.grad.norm() > 0
+    assert all(parameter.grad is not None for parameter in cell.parameters())
+    assert torch.autograd.gradcheck(lambda z, x: cell.bind(x, memory)(z), (z, x))
+
+
+def test_a_bound_cell_reads_the_inputs_it_is_given_and_nothing_else():
+    cell = make()
+    z, x = states(LENGTH, 1), states(LENGTH, 2)
+    f = cell.bind(x)
+    expected = f(z)
+    copies = [tensor.detach().clone() for tensor in f.inputs]
+    with torch.no_grad():
+        for parameter in cell.parameters():
+            parameter += 0.1
+    assert not torch.equal(f(z), expected)
+    assert torch.equal(f.with_inputs(copies)(z), expected)
+
+
+@pytest.mark.parametrize("weight_norm", [False, True])
+def test_initial_weights_have_the_stated_spread_also_under_weight_norm(weight_norm: bool):
+    torch.manual_seed(0)
+    cell = TransformerXLCell(TransformerXLConfig(d_model=128, d_inner=256, weight_norm=weight_norm, init_std=0.03))
+    for linear in cell._linears():
+        assert linear.weight.std().item() == pytest.approx(0.03, rel=0.03)
+
+
+def test_it_can_be_built_without_storage_and_filled_later():
+    config = TransformerXLConfig(d_model=WIDTH, num_heads=HEADS, weight_norm=True)
+    with torch.device("meta"):
+        cell = TransformerXLCell(config)
+    cell = cell.to_empty(device="cpu")
+    for parameter in cell.parameters():
+        nn.init.constant_(parameter, float("nan"))
+    cell.reset_parameters()
+    assert all(parameter.isfinite().all() for parameter in cell.parameters())
+
+
+def test_memory_keeps_the_last_positions_without_gradient():
+    cell = make()
+    z, x = states(LENGTH, 1).requires_grad_(), states(LENGTH, 2)
+    first = cell.remember(z, x, None)
+    second = cell.remember(z[:, :1], x[:, :1], first)
+    assert first is not None
+    assert second is not None
+    assert torch.equal(second.z, torch.cat([z[:, -2:], z[:, :1]], 1))
+    assert not second.z.requires_grad
+    assert second.length == PAST
+
+
+def test_scores_by_distance_are_read_as_scores_by_key():
+    length, num_keys = 3, 5
+    distance_of_column = torch.arange(num_keys, -1, -1).sub(1).float().expand(length, num_keys + 1)
+    found = by_key(distance_of_column)
+    for i in range(length):
+        for j in range(i + num_keys - length + 1):
+            assert found[i, j] == i + num_keys - length - j
+
+
+def test_sinusoids_are_exact_in_low_precision_too():
+    exact = sinusoids(300, 16, torch.zeros((), dtype=torch.float64))
+    half = sinusoids(300, 16, torch.zeros((), dtype=torch.bfloat16))
+    torch.testing.assert_close(half.double(), exact, rtol=0, atol=4e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"d_model": 10, "num_heads": 3}, "not divisible by num_heads=3"),
+        ({"d_inner": 0}, "d_inner=0: expected 1 or more"),
+        ({"mem_len": -1}, "mem_len=-1"),
+        ({"norm": "middle"}, "norm='middle'"),
+        ({"dropout": 1.0}, "dropout=1.0"),
+        ({"init_std": 0.0}, "init_std=0.0"),
+    ],
+)
+def test_impossible_sizes_are_refused(options: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        TransformerXLConfig(**options)
