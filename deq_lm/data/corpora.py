@@ -139,6 +139,7 @@ def _from_hub(name: str) -> Corpus:
         )
     try:
         import datasets
+        from datasets.exceptions import DatasetsError
     except ImportError as error:
         raise DataError(
             f"corpus {name}: the package datasets is not installed: pip install datasets. {remedy}"
@@ -146,7 +147,7 @@ def _from_hub(name: str) -> Corpus:
     configuration = _HUB_CONFIGURATIONS[name]
     try:
         loaded = datasets.load_dataset(HUB_REPOSITORY, configuration, revision=HUB_REVISION)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, DatasetsError) as error:
         raise DataError(
             f"corpus {name}: the hub gave no {HUB_REPOSITORY} ({configuration}): {error}. {remedy}"
         ) from error

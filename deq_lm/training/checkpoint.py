@@ -257,7 +257,7 @@ def _write_own_files(folder: Path, state: TrainingState, rank: int) -> None:
         "interval": to_mapping(state.interval),
         "random": random_state,
     }
-    write_text(folder / f"rank_{rank:05d}.json", json.dumps(own, allow_nan=False))
+    write_text(folder / f"rank_{rank:05d}.json", json.dumps(own))
 
 
 def _random_state() -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -12,7 +12,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -136,7 +136,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> int | None:
                 if progress.num_skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
                     raise FloatingPointError(
                         f"step {progress.step}: loss or gradient not finite for {MAX_SKIPPED_IN_A_ROW} steps in a row; "
-                        "lower training.optimizer.lr or training.clip_norm and resume, or start again."
+                        "begin a new run with a lower training.optimizer.lr or training.clip_norm."
                     )
             if is_due(progress.step, settings.log_every):
                 metrics = summarize(gather_object([state.interval]))
@@ -194,12 +194,11 @@ def train_step(
                     measured.setdefault(f"{name}_residuals", []).append(solution.relative_residual)
 
     grad_norm = accelerator.clip_grad_norm_(model.parameters(), settings.clip_norm or float("inf"))
+    assert isinstance(grad_norm, Tensor)
     not_finite = ~(torch.isfinite(nll_nats) & torch.isfinite(grad_norm))
     # The one wait for the device in a step: skipping and stopping are decided here, by all processes alike.
-    facts = torch.stack([nll_nats.float(), not_finite.float(), torch.full_like(nll_nats, stop_requested).float()])
-    total_nats, num_not_finite, num_stops, norm = torch.cat(
-        [accelerator.reduce(facts, "sum"), grad_norm.reshape(1).float()]
-    ).tolist()
+    facts = torch.stack([nll_nats, not_finite.to(nll_nats), torch.full_like(nll_nats, stop_requested)])
+    total_nats, num_not_finite, num_stops = cast(Tensor, accelerator.reduce(facts, "sum")).tolist()
 
     progress.step += 1
     progress.num_tokens += num_targets
@@ -220,7 +219,7 @@ def train_step(
         getattr(interval, name).extend(torch.cat(tensors).tolist())
     interval.num_steps += 1
     interval.seconds += time.perf_counter() - start
-    return StepResult(grad_norm=norm, finite=finite, interrupted=num_stops > 0)
+    return StepResult(grad_norm=grad_norm.item(), finite=finite, interrupted=num_stops > 0)
 
 
 def validate(

@@ -51,14 +51,15 @@ def summarize(intervals: Sequence[Interval]) -> dict[str, float | int | None]:
     loss = first.nll_nats / first.num_targets if first.num_targets else None
 
     def pooled(name: str) -> list[float]:
-        return [value for interval in intervals for value in getattr(interval, name)]
+        values = [value for interval in intervals for value in getattr(interval, name)]
+        return [math.inf if math.isnan(value) else value for value in values]  # worse than any other
 
     def mean(values: list[float]) -> float | None:
         return statistics.fmean(values) if values else None
 
     def median(values: list[float]) -> float | None:
-        middle = statistics.median(values) if values else None
-        return middle if middle is not None and math.isfinite(middle) else None
+        middle = statistics.median(values) if values else math.inf
+        return middle if math.isfinite(middle) else None
 
     return {
         "loss": loss,

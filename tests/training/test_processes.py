@@ -6,11 +6,11 @@ import pytest
 import torch
 from accelerate import Accelerator, debug_launcher
 from accelerate.state import AcceleratorState
-from tiny_run import leave_weights_alone, make_recipe, make_state
+from tiny_run import leave_weights_alone, make_recipe, make_state, metrics
 
 from deq_lm.errors import CheckpointError
 from deq_lm.training import checkpoint
-from deq_lm.training.loop import train_step
+from deq_lm.training.loop import train, train_step
 
 SETTINGS = ("training.clip_norm=null", "training.pretraining=null", "model.cell.dropout=0.0")
 
@@ -44,6 +44,31 @@ def test_two_processes_give_the_gradient_of_one(tmp_path):
         assert other.keys() == one.keys()
         for name, value in one.items():
             torch.testing.assert_close(other[name], value, rtol=1e-6, atol=1e-12, msg=f"{name} on rank {rank}")
+
+
+def run(folder: Path, overrides: tuple[str, ...], resume: bool) -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    torch.set_num_threads(1)
+    train(make_recipe(folder, *overrides), resume=resume)
+
+
+def test_a_run_in_two_processes_logs_what_one_logs_and_resumes_bit_for_bit(tmp_path):
+    make_recipe(tmp_path)
+    overrides = {name: (f"training.output_dir={tmp_path / name}", "model.cell.dropout=0.0") for name in ("one", "two")}
+    train(make_recipe(tmp_path, *overrides["one"]))
+    debug_launcher(run, args=(tmp_path, overrides["two"], False), num_processes=2)
+    one, two = (make_recipe(tmp_path, *overrides[name]) for name in ("one", "two"))
+    for kind, name in (("train", "loss"), ("train", "solver_evaluations"), ("test", "nats_per_token")):
+        values, others = ([line[name] for line in metrics(recipe, kind)] for recipe in (one, two))
+        assert len(values) > 0
+        assert values == pytest.approx(others, rel=1e-4)
+
+    again = (f"training.output_dir={tmp_path / 'again'}", "model.cell.dropout=0.0")
+    debug_launcher(run, args=(tmp_path, (*again, "training.max_steps=4"), False), num_processes=2)
+    debug_launcher(run, args=(tmp_path, again, True), num_processes=2)
+    for name in ("model.safetensors", "rank_00000.safetensors", "rank_00001.safetensors", "optimizer.pt"):
+        first, second = (tmp_path / folder / "checkpoints" / "step_00000008" / name for folder in ("two", "again"))
+        assert first.read_bytes() == second.read_bytes()
 
 
 def skip(folder: Path) -> None:

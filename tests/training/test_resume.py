@@ -59,7 +59,7 @@ def test_a_signal_stops_after_a_checkpoint_and_the_rest_follows_on_resume(
     step = loop.train_step
 
     def step_then_signal(*args, **kwargs):
-        if args[2].progress.step == 4:
+        if args[2].progress.step == 3:
             os.kill(os.getpid(), number)
         return step(*args, **kwargs)
 
@@ -67,7 +67,7 @@ def test_a_signal_stops_after_a_checkpoint_and_the_rest_follows_on_resume(
         patch.setattr(loop, "train_step", step_then_signal)
         assert train(recipe) == number
     folders = list((Path(recipe.training.output_dir) / "checkpoints").iterdir())
-    assert [folder.name for folder in folders] == ["step_00000006"]
+    assert [folder.name for folder in folders] == ["step_00000005"]
     assert damage(folders[0]) is None
     assert "continue with --resume" in capsys.readouterr().out
     assert train(recipe, resume=True) is None

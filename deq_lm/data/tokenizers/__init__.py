@@ -73,10 +73,9 @@ def encode_documents(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -
     Raises:
         DataError: a text for a word-level tokenizer has `<eos>` written in it.
     """
-    if word_level.ends_lines(tokenizer) and any(word_level.EOS in text for text in texts):
-        raise DataError(
-            f"the text has {word_level.EOS} written in it, which a word-level tokenizer puts at line ends itself. Remove it."
-        )
+    if word_level.ends_lines(tokenizer):
+        for text in texts:
+            word_level.refuse_written_eos(text)
     backend = tokenizer.backend_tokenizer
     before = backend.encode_special_tokens
     backend.encode_special_tokens = True

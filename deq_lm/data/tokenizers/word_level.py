@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from deq_lm.errors import ConfigError
+from deq_lm.errors import ConfigError, DataError
 
 EOS = "<eos>"
 UNKNOWN = "<unk>"
@@ -31,11 +31,13 @@ def train(documents: Iterable[str], vocab_size: int | None) -> PreTrainedTokeniz
 
     Raises:
         ConfigError: `vocab_size` is below 3.
+        DataError: the text has `<eos>` written in it.
     """
     if vocab_size is not None and vocab_size < 3:
         raise ConfigError(f"vocab_size={vocab_size}: expected at least 3: {EOS}, {UNKNOWN} and a word. Raise it.")
     counts: Counter[str] = Counter()
     for document in documents:
+        refuse_written_eos(document)
         counts.update(document.split())
     if vocab_size is not None:
         by_count = [word for word, _ in counts.most_common() if word != UNKNOWN]
@@ -49,6 +51,16 @@ def train(documents: Iterable[str], vocab_size: int | None) -> PreTrainedTokeniz
 def ends_lines(tokenizer: PreTrainedTokenizerFast) -> bool:
     """Whether the tokenizer is one of these, which put the end-of-sequence token after each line by themselves."""
     return isinstance(tokenizer.backend_tokenizer.model, models.WordLevel) and tokenizer.eos_token == EOS
+
+
+def refuse_written_eos(text: str) -> None:
+    """Raises a DataError where `<eos>` is written in the text, which would end lines twice or in their middle."""
+    if EOS in text:
+        place = text.index(EOS)
+        raise DataError(
+            f"the text has {EOS} written in it (near {text[max(place - 30, 0) : place + 10]!r}); a word-level tokenizer "
+            "puts it after every line by itself. Remove it from the text."
+        )
 
 
 def _tokenizer(vocabulary: dict[str, int]) -> PreTrainedTokenizerFast:

@@ -1,0 +1,245 @@
+"""One evaluation from end to end on the real, tiny model: what is measured, written, read back and printed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+
+import numpy as np
+import pytest
+import torch
+
+from deq_lm.data.encoding import EncodedCorpus, EncodedSplit
+from deq_lm.data.tokenizers import bpe, encode_documents
+from deq_lm.errors import DataError
+from deq_lm.evaluation import (
+    CausalityAudit,
+    EvaluationConfig,
+    Perplexity,
+    evaluate,
+    evaluate_perplexity,
+    read_result,
+    render,
+    write_result,
+)
+from deq_lm.evaluation.ngram import Bigram, Unigram
+from deq_lm.evaluation.sample import Sample, printable, sample_text
+from deq_lm.modeling import DEQLMConfig, DEQLMForCausalLM
+
+DOCUMENT = "The cat sat on the mat, and the dog sat on the cat. " * 3
+CONFIG = EvaluationConfig(
+    batch_size=2,
+    segment_length=12,
+    max_segments=1,  # of validations only
+    causality_cuts=2,
+    no_op_segments=1,
+    unroll_depths=(2, 4),
+    sample_prompt="The ",
+    sample_tokens=5,
+)
+
+
+@pytest.fixture(scope="module")
+def corpus() -> EncodedCorpus:
+    tokenizer = bpe.train([DOCUMENT], 290)
+    splits = {}
+    for name, copies in (("train", 6), ("valid", 1), ("test", 2)):
+        (ids,) = encode_documents(tokenizer, [DOCUMENT])
+        tokens = np.array([tokenizer.eos_token_id, *(ids + [tokenizer.eos_token_id]) * copies], dtype=np.uint16)
+        splits[name] = EncodedSplit(tokens=tokens, num_words=36 * copies, num_bytes=len(DOCUMENT) * copies)
+    return EncodedCorpus(tokenizer=tokenizer, splits=splits, fingerprint="f00d")
+
+
+def make_model(vocab_size: int, **settings) -> DEQLMForCausalLM:
+    torch.manual_seed(0)
+    cell = {"name": "transformer_xl", "d_model": 16, "num_heads": 2, "d_inner": 24, "mem_len": 6, "init_std": 0.2}
+    settings = {"stopping": {"max_steps": 20, "rtol": 1e-4}, **settings}
+    return DEQLMForCausalLM(DEQLMConfig(vocab_size=vocab_size, cell=cell, eos_token_id=0, **settings))
+
+
+@pytest.fixture(scope="module")
+def result(corpus):
+    model = make_model(len(corpus.tokenizer))
+    return evaluate(model, corpus, CONFIG, seed=3, location="runs/x/final", recipe={"name": "x"})
+
+
+def test_the_whole_split_is_scored_and_the_same_targets_by_the_baselines(corpus, result):
+    split = corpus.splits["test"]
+    model = make_model(len(corpus.tokenizer))
+    whole = evaluate_perplexity(model, split, dataclasses.replace(CONFIG, max_segments=None))
+    assert result.perplexity == whole.perplexity
+    assert result.solves == whole.solves
+    assert result.perplexity.num_tokens == split.num_tokens
+    assert result.perplexity.num_words == 72
+    train, vocab_size = corpus.splits["train"].tokens, model.config.vocab_size
+    assert result.unigram.nll_nats == Unigram.fit(train, vocab_size).nll_nats(split.tokens)
+    assert result.bigram.nll_nats == Bigram.fit(train, vocab_size).nll_nats(split.tokens)
+    assert result.bigram.num_words == result.unigram.num_words == 72
+
+
+def test_the_record_says_on_what_and_with_what(result):
+    assert (result.split, result.data_fingerprint, result.seed, result.location) == ("test", "f00d", 3, "runs/x/final")
+    assert result.model["cell"]["mem_len"] == 6
+    assert result.precision == "float32"
+    assert result.environment["torch"] == torch.__version__
+    assert result.causality.is_causal
+    assert result.no_op.num_tokens == 24
+    assert [row.depth for row in result.memory] == [2, 4]
+    assert result.memory_shape == (1, 12, 6)
+    assert result.sample.prompt == "The "
+
+
+def test_a_result_reads_back_equal_with_its_headline_beside_it(result, tmp_path):
+    path = tmp_path / "evaluation.json"
+    write_result(path, result)
+    assert read_result(path) == result
+    headline = json.loads(path.read_text("utf-8"))["headline"]
+    assert headline["model"]["word_perplexity"] == result.perplexity.word_perplexity
+    assert headline["is_causal"] is True
+
+
+def test_a_write_that_fails_leaves_the_old_file(result, tmp_path, monkeypatch):
+    path = tmp_path / "evaluation.json"
+    write_result(path, result)
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(DataError, match="No space left"):
+        write_result(path, dataclasses.replace(result, seed=4))
+    assert read_result(path).seed == 3
+    with pytest.raises(DataError, match="cannot be written"):
+        write_result(tmp_path / "absent" / "evaluation.json", result)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda text: text[: len(text) // 2], "cannot be read as JSON"),
+        (lambda text: "[1]", "no schema_version"),
+        (lambda text: text.replace('"schema_version": 1', '"schema_version": 7'), "schema_version 7; this deq_lm reads"),
+        (lambda text: text.replace('"num_cuts"', '"num_cut"'), "result.causality.num_cut: unknown key; did you mean"),
+        (lambda text: text.replace('"split": "test"', '"split": 5'), "result.split: expected text"),
+    ],
+)
+def test_a_damaged_file_or_one_of_another_version_is_refused_in_one_line(result, tmp_path, damage, message):
+    path = tmp_path / "evaluation.json"
+    write_result(path, result)
+    text = path.read_text("utf-8")
+    path.write_text(damage(text), encoding="utf-8")
+    assert path.read_text("utf-8") != text
+    with pytest.raises(DataError, match=message) as caught:
+        read_result(path)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(DataError, match="no such file"):
+        read_result(tmp_path / "absent.json")
+
+
+def test_an_unrolled_model_has_neither_a_solve_to_check_nor_a_memory_table(corpus):
+    model = make_model(len(corpus.tokenizer), depth="unrolled", num_layers=3)
+    result = evaluate(model, corpus, dataclasses.replace(CONFIG, sample_tokens=0))
+    assert result.no_op is None
+    assert result.memory == ()
+    assert result.sample is None
+    assert result.solves.max_evaluations == 3
+    assert "unrolled, 3 layers" in render(result)
+
+
+def test_evaluating_leaves_the_model_in_training_mode_and_the_random_state_alone(corpus):
+    model = make_model(len(corpus.tokenizer)).train()
+    before = torch.get_rng_state()
+    evaluate(model, corpus, CONFIG)
+    assert all(module.training for module in model.modules())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_report_shows_every_number_and_stays_within_100_columns(result):
+    report = render(result)
+    assert max(map(len, report.splitlines())) <= 100
+    for value in (
+        f"{result.perplexity.word_perplexity:,.2f}",
+        f"{result.perplexity.token_perplexity:,.2f}",
+        f"{result.perplexity.nats_per_word:.4f}",
+        f"{result.perplexity.bits_per_byte:.4f}",
+        f"{result.bigram.token_perplexity:,.2f}",
+        f"{result.unigram.token_perplexity:,.2f}",
+        f"{result.perplexity.num_tokens:,} tokens, 72 words",
+        "broyden, prefix scope, at most 20 steps, rtol 0.0001",
+        "converged",
+        f"{result.solves.max_residual:.1e}",
+        "causal: other text after a cut changes an earlier log-probability by at most 0 nats",
+        f"{result.no_op.first_nats_per_token:.3f}",
+        f"{result.memory[1].unrolled_bytes / 1e6:,.3f}",
+        f"{result.memory[1].unrolled_bytes / result.memory[1].equilibrium_bytes:.2f}",
+        "prompt: The",
+        "runs/x/final",
+        f"torch {torch.__version__}",
+    ):
+        assert value in report
+    assert "NOT CAUSAL" not in report
+
+
+def test_the_report_of_a_leaking_model_says_so_beside_its_perplexity(result):
+    leaking = CausalityAudit(
+        max_change_nats=1.5, mean_change_nats=0.01, mean_bias_nats=-0.02, bias_standard_error_nats=0.01, num_cuts=16
+    )
+    report = render(dataclasses.replace(result, causality=leaking))
+    assert report.count("NOT CAUSAL") == 2
+    assert "at most 1.5 nats" in report
+
+
+def test_the_report_of_a_broken_model_has_no_numbers_for_what_is_not_finite(result):
+    broken = Perplexity(nll_nats=None, num_tokens=10, num_words=5, num_bytes=50)
+    solves = dataclasses.replace(result.solves, max_residual=None, outcomes={"converged": 1, "non_finite": 3})
+    report = render(dataclasses.replace(result, perplexity=broken, solves=solves))
+    (line,) = (line for line in report.splitlines() if line.startswith("this model"))
+    assert line.count("not finite") == 5
+    assert "25.0 % of solves; the others: 3 non_finite" in report
+
+
+def test_text_from_the_model_can_not_steer_the_terminal(result):
+    hostile = "ok\x1b[2J\x07\u202edlrow\nline two\x9b \u2028 \U000e0041 end é 漢"
+    assert printable(hostile) == r"ok\x1b[2J\x07\u202edlrow" + "\nline two" + r"\x9b \u2028 \U000e0041 end é 漢"
+    sample = Sample("p\x1b", hostile + "\n" + "w" * 300)
+    report = render(dataclasses.replace(result, sample=sample, location="runs/\x1b[2J"))
+    assert all(character.isprintable() or character == "\n" for character in report)
+    assert max(map(len, report.splitlines())) <= 100
+
+
+def test_a_sample_repeats_for_a_seed_and_goes_on_past_the_end_of_a_document(corpus):
+    model = make_model(len(corpus.tokenizer))
+    eos = corpus.tokenizer.eos_token_id
+    before = torch.get_rng_state()
+    samples = [sample_text(model, corpus.tokenizer, CONFIG, seed=seed) for seed in (1, 1, 2)]
+    assert samples[0] == samples[1] != samples[2]
+    assert torch.equal(torch.get_rng_state(), before)
+    always_eos = make_model(len(corpus.tokenizer))
+    with torch.no_grad():  # whatever the state, the first token's row is the most like it
+        always_eos.lm_head.weight.zero_()
+    always_eos.generation_config.eos_token_id = eos
+    calls = []
+    always_eos.register_forward_hook(lambda *_: calls.append(1))
+    sample_text(always_eos, corpus.tokenizer, dataclasses.replace(CONFIG, sample_tokens=40))
+    assert len(calls) == 40
+
+
+def test_a_sample_follows_the_model_at_low_temperature(corpus):
+    model = make_model(len(corpus.tokenizer))
+    cold = dataclasses.replace(CONFIG, sample_temperature=1e-4)
+    made = sample_text(model, corpus.tokenizer, cold).text
+    (prompt,) = encode_documents(corpus.tokenizer, ["The "])
+    ids = torch.tensor([[corpus.tokenizer.eos_token_id, *prompt]])
+    with torch.no_grad():
+        for _ in range(5):
+            ids = torch.cat([ids, model.eval()(ids).logits[:, -1:].argmax(-1)], dim=1)
+    assert made == corpus.tokenizer.decode(ids[0, 1 + len(prompt) :])
+
+
+def test_uniform_text_is_worth_ln_v_to_the_unigram(corpus):
+    vocab_size = len(corpus.tokenizer)
+    tokens = np.concatenate([[0], np.arange(vocab_size)]).astype(np.uint16)
+    uniform = Unigram.fit(tokens, vocab_size).nll_nats(tokens)
+    assert uniform == pytest.approx(vocab_size * math.log(vocab_size), rel=1e-12)

@@ -1,0 +1,54 @@
+"""The README is executed: its Python blocks run, its files exist, its numbers are those of the committed result."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text("utf-8")
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("code", [code for language, code in BLOCKS if language == "python"])
+def test_a_python_block_runs(code: str):
+    exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+
+
+def test_the_files_it_names_exist():
+    names = re.findall(r"`([\w/.]+\.(?:py|yaml|txt|json))`", README)
+    folder = ROOT
+    assert len(names) > 10
+    for name in names:
+        path = ROOT / name if "/" in name or name == "constraints.txt" else folder / name
+        folder = path.parent if "/" in name else folder
+        assert path.exists() or list(ROOT.glob(f"deq_lm/*/{name}")) or name in ("metrics.jsonl",), name
+
+
+def test_the_commands_it_gives_name_files_recipes_and_targets_that_exist():
+    makefile = (ROOT / "Makefile").read_text("utf-8")
+    for language, code in BLOCKS:
+        for line in code.splitlines() if language == "bash" else ():
+            words = shlex.split(line, comments=True)
+            if words[0] == "make":
+                assert re.search(rf"^{words[1]}:", makefile, flags=re.MULTILINE), line
+            for word in words:
+                if word.startswith(("scripts/", "eval/", "recipes/")):
+                    assert (ROOT / word).exists(), line
+
+
+def test_the_layers_it_draws_are_those_that_are_checked():
+    (drawn,) = [code for language, code in BLOCKS if language == "text" and "equilibrium" in code]
+    checked = re.search(r"^layers = \[(.*?)^\]", (ROOT / "pyproject.toml").read_text("utf-8"), re.DOTALL | re.MULTILINE)
+    assert checked is not None
+    assert drawn.splitlines()[1:] == re.findall(r'"(.+?)"', checked[1])
+
+
+def test_the_demo_table_is_the_committed_result():
+    from deq_lm.evaluation.report import render
+    from deq_lm.evaluation.results import read_result
+
+    place = re.search(r"<!-- demo: (\S+) -->\n\n```text\n(.*?)\n```", README, flags=re.DOTALL)
+    assert place is not None
+    assert place[2] == render(read_result(ROOT / place[1]))
