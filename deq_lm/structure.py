@@ -44,9 +44,7 @@ def build(cls: type[T], mapping: Any, where: str = "recipe") -> T:
             raise ConfigError(f"{_place(where, key)}: unknown key{nearest(key, fields)}")
     missing = [name for name, field in fields.items() if name not in mapping and _is_required(field)]
     if missing:
-        raise ConfigError(
-            f"{where}: missing {', '.join(missing)}; a value must be given, there is no default."
-        )
+        raise ConfigError(f"{where}: missing {', '.join(missing)}; a value must be given, there is no default.")
     values = {key: _convert(hints[key], value, _place(where, key)) for key, value in mapping.items()}
     try:
         return cls(**values)

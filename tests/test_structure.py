@@ -156,9 +156,7 @@ PLAIN = st.recursive(
 
 
 @settings(deadline=None)
-@given(
-    st.fixed_dictionaries({}, optional=dict.fromkeys([*Training.__dataclass_fields__, "other\nkey"], PLAIN))
-)
+@given(st.fixed_dictionaries({}, optional=dict.fromkeys([*Training.__dataclass_fields__, "other\nkey"], PLAIN)))
 def test_any_mapping_gives_an_instance_or_a_config_error_of_one_line(mapping):
     try:
         built = build(Training, mapping)

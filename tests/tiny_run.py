@@ -93,7 +93,7 @@ def write_corpus(folder: Path) -> Path:
 
 def make_state(recipe: Recipe, accelerator: Accelerator) -> tuple[TrainingState, Identity, Any]:
     """What `train` sets up before its first step: the state, its identity and the tokenizer."""
-    corpus = prepare(recipe.data, Path(recipe.data.cache_dir))
+    corpus = prepare(recipe.data)
     streams = ContiguousStreams(
         corpus.splits["train"].tokens,
         num_streams=recipe.training.batch_size,

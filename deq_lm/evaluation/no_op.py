@@ -7,10 +7,10 @@ from itertools import islice
 
 import numpy as np
 
-from deq_lm.data.streams import ContiguousStreams
+from deq_lm.data.streams import IGNORED, ContiguousStreams
 from deq_lm.evaluation.config import EvaluationConfig
 from deq_lm.evaluation.modes import device_of, measuring
-from deq_lm.evaluation.token_loss import finite
+from deq_lm.evaluation.token_loss import finite, without_padding
 from deq_lm.modeling import DEQLMForCausalLM
 from deq_lm.solvers import StoppingRule
 
@@ -49,12 +49,12 @@ def check_no_op(model: DEQLMForCausalLM, tokens: np.ndarray, config: EvaluationC
     num_tokens, memory = 0, None
     with measuring(model):
         for segment in islice(streams, config.no_op_segments):
-            input_ids, targets = segment.input_ids.to(device), segment.targets.to(device)
+            input_ids, targets = (tensor.to(device) for tensor in without_padding(segment))
             solved, first = (
                 model(input_ids, targets=targets, memory=memory, stopping=stopping, return_logits=False)
                 for stopping in (None, StoppingRule.fixed(0))
             )
-            scored = targets != -100  # (B, L)
+            scored = targets != IGNORED  # (B, L)
             end, start = solved.solution.image[scored].double(), first.solution.image[scored].double()
             difference += (end - start).square().sum().item()
             size += end.square().sum().item()

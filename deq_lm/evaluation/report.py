@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from deq_lm.evaluation.causality import CAUSAL_BELOW_NATS, CausalityAudit
 from deq_lm.evaluation.results import EvaluationResult
@@ -48,7 +49,7 @@ def _perplexities(result: EvaluationResult) -> list[str]:
             _number(perplexity.bits_per_byte, ".4f"),
         )
         rows.append((name, *values))
-    notes = _item("", "bigram (interpolated Kneser-Ney) and unigram: fitted to the training split, same tokens")
+    notes = _item("", "bigram (interpolated Kneser-Ney) and unigram: of the training split's tokens")
     warning = (
         [] if result.causality.is_causal else _item("", "NOT CAUSAL: the perplexity of this model has seen the future")
     )
@@ -69,9 +70,8 @@ def _solves(result: EvaluationResult) -> list[str]:
         f"largest {_number(solves.max_residual, '.1e')}"
     )
     if model["depth"] == "unrolled":
-        return _item("depth", f"unrolled, {model['num_layers']} layers of the same weights") + _item(
-            "residual", residuals
-        )
+        depth = f"unrolled, {model['num_layers']} layers of the same weights"
+        return _item("depth", depth) + _item("residual", residuals)
     solver, stopping = model["solver"], model["evaluation_stopping"] or model["stopping"]
     method = (
         f"{solver['name']}, {solver.get('scope', 'prefix')} scope, at most {stopping['max_steps']} steps, "
@@ -139,9 +139,13 @@ def _memory(result: EvaluationResult) -> list[str]:
 def _sample(result: EvaluationResult) -> list[str]:
     if result.sample is None:
         return []
-    temperature = f"temperature {result.evaluation.sample_temperature:g}"
-    prompt = [f"prompt: {line}" for line in _wrapped(result.sample.prompt)] if result.sample.prompt else []
-    return [f"sample ({temperature})", *prompt, *(f"  | {line}" for line in _wrapped(result.sample.text))]
+    prompt = f", after '{printable(result.sample.prompt)}'" if result.sample.prompt else ""
+    heading = _item(
+        "sample", f"temperature {result.evaluation.sample_temperature:g}{prompt}; blank lines in a row are one"
+    )
+    blank_lines_merged = re.sub(r"\n\s*\n", "\n\n", printable(result.sample.text).strip("\n"))
+    lines = (part for line in blank_lines_merged.split("\n") for part in textwrap.wrap(line, WIDTH - 4) or [""])
+    return heading + [f"  | {line}".rstrip() for line in lines]
 
 
 def _origin(result: EvaluationResult) -> list[str]:
@@ -163,11 +167,6 @@ def _table(rows: Sequence[Sequence[str]]) -> list[str]:
     """Rows of cells, the first flush left and the others flush right."""
     lines = ("".join([f"{row[0]:<{LABEL_WIDTH + 2}}", *(f"{cell:>13}" for cell in row[1:])]) for row in rows)
     return [line.rstrip() for line in lines]
-
-
-def _wrapped(text: str) -> Iterable[str]:
-    for line in printable(text).split("\n"):
-        yield from textwrap.wrap(line, WIDTH - 8) or [""]
 
 
 def _number(value: float | None, form: str) -> str:

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from deq_lm.data.streams import ContiguousStreams
+from deq_lm.data.streams import IGNORED, ContiguousStreams, Segment
 from deq_lm.evaluation.config import EvaluationConfig
 from deq_lm.evaluation.modes import device_of, measuring
 from deq_lm.modeling import DEQLMForCausalLM
@@ -108,17 +108,19 @@ def score_tokens(
     sums, memory = _Sums(), None
     with measuring(model):
         for segment in islice(streams, config.max_segments):
-            output = model(
-                segment.input_ids.to(device),
-                targets=segment.targets.to(device),
-                memory=memory,
-                return_logits=False,
-            )
+            input_ids, targets = (tensor.to(device) for tensor in without_padding(segment))
+            output = model(input_ids, targets=targets, memory=memory, return_logits=False)
             memory = output.memory
             sums.nll_nats += output.nll_nats.item()
             sums.num_targets += int(output.num_targets)
-            sums.add_solves(output.solution, (segment.targets != -100).any(dim=1).to(device))
+            sums.add_solves(output.solution, (targets != IGNORED).any(dim=1))
     return _total([sums] if accelerator is None else gather_object([sums]))
+
+
+def without_padding(segment: Segment) -> tuple[Tensor, Tensor]:
+    """Inputs and targets of a segment, (b, L) each, cut after the last target of any stream; L is 1 at least."""
+    length = max(1, int((segment.targets != IGNORED).sum(dim=1).max()))
+    return segment.input_ids[:, :length], segment.targets[:, :length]
 
 
 def _total(parts: list[_Sums]) -> TokenLoss:

@@ -81,7 +81,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> int | None:
 
     # data: each process owns whole streams
     with accelerator.main_process_first():
-        corpus = prepare(recipe.data, Path(recipe.data.cache_dir))
+        corpus = prepare(recipe.data)
     streams = ContiguousStreams(
         corpus.splits["train"].tokens,
         num_streams=settings.batch_size,

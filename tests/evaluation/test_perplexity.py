@@ -46,7 +46,9 @@ def test_what_is_not_finite_or_not_known_is_none():
 
 @pytest.mark.parametrize("batch_size", [1, 3, 4])
 @pytest.mark.parametrize("num_tokens", [24, 101])
-def test_a_model_without_memory_scores_the_same_however_the_text_is_cut(table_model, make_split, batch_size, num_tokens):
+def test_a_model_without_memory_scores_the_same_however_the_text_is_cut(
+    table_model, make_split, batch_size, num_tokens
+):
     model, split = table_model(), make_split(num_tokens)
     config = EvaluationConfig(batch_size=batch_size, segment_length=7)
     tokens = torch.from_numpy(split.tokens.astype(np.int64))
@@ -150,7 +152,10 @@ def test_memory_reaches_from_one_segment_into_the_next(deq_model, make_split, co
 def test_statistics_count_solves_and_leave_out_streams_that_have_ended(deq_model, make_split, fixed_steps):
     model = deq_model(stopping=fixed_steps(4))
     config = EvaluationConfig(batch_size=4, segment_length=4)
+    lengths = []
+    model.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
     solves = score_tokens(model, make_split(4 * 4 + 2).tokens, config).solves  # two streams have a fifth target
+    assert lengths == [4, 1]  # nothing is solved where every stream has ended
     assert solves.outcomes == {"max_steps": 4 + 2}
     assert solves.share_converged == 0.0
     assert (solves.mean_evaluations, solves.max_evaluations) == (5.0, 5)

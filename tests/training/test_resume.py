@@ -83,8 +83,11 @@ def test_after_a_truncated_checkpoint_the_one_before_it_is_continued(uninterrupt
     train(make_recipe(tmp_path, "training.max_steps=6"))
     weights = Path(recipe.training.output_dir) / "checkpoints/step_00000006/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
+    leftover = weights.parents[1] / ".step_00000007.incomplete"
+    leftover.mkdir()
     train(recipe, resume=True)
     assert str(weights) in caplog.text
+    assert not leftover.exists()
     assert_same_run(uninterrupted, recipe)
 
 

@@ -1,6 +1,8 @@
 """scripts/train_lm.py: what it prints and how it exits."""
 
+import os
 import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -71,12 +73,27 @@ def test_a_missing_recipe_is_one_line(monkeypatch, tmp_path, capsys):
 def test_help_shows_examples_and_imports_nothing_heavy():
     code = (
         "import runpy, sys; sys.argv = ['train_lm.py', '--help']\n"
-        "try: runpy.run_path(sys.argv[0] if False else SCRIPT, run_name='__main__')\n"
+        "try: runpy.run_path(SCRIPT, run_name='__main__')\n"
         "except SystemExit: print('heavy' if {'torch', 'transformers'} & sys.modules.keys() else 'light')\n"
     ).replace("SCRIPT", repr(str(SCRIPT)))
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "accelerate launch scripts/train_lm.py recipes/demo_cpu.yaml" in result.stdout
     assert result.stdout.endswith("light\n")
+
+
+def test_a_run_that_was_asked_to_stop_ends_with_the_number_of_the_signal(monkeypatch, recipe, tmp_path):
+    from deq_lm.training import loop
+
+    step = loop.train_step
+
+    def step_then_signal(*args: object, **kwargs: object) -> object:
+        os.kill(os.getpid(), signal.SIGTERM)
+        monkeypatch.setattr(loop, "train_step", step)
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(loop, "train_step", step_then_signal)
+    assert call(monkeypatch, recipe) == 143
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000002"]
 
 
 def test_a_run_that_stops_being_finite_ends_with_three(monkeypatch, recipe, capsys):
