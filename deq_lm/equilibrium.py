@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from deq_lm.adjoints import Adjoint, Implicit, Unrolled
 from deq_lm.cells.base import Cell
 from deq_lm.cells.memory import Memory
+from deq_lm.regularizers import jacobian_frobenius
 from deq_lm.solvers import Broyden, FixedPointSolver, Picard, Solution, StoppingRule, solve
 
 
@@ -22,11 +23,13 @@ class EquilibriumOutput:
         output: f(z*), (B, L, D), with the gradient.
         memory: what the next segment may attend to; None if the cell keeps none.
         solution: the forward solve's facts, without gradient.
+        jacobian: `jacobian_frobenius` at z*, if asked for.
     """
 
     output: Tensor
     memory: Memory | None
     solution: Solution
+    jacobian: Tensor | None = None
 
 
 class Equilibrium(nn.Module):
@@ -78,6 +81,7 @@ class Equilibrium(nn.Module):
         key_mask: Tensor | None = None,
         stopping: StoppingRule | None = None,
         num_unrolled_steps: int | None = None,
+        estimate_jacobian: bool = False,
     ) -> EquilibriumOutput:
         """Solve one segment.
 
@@ -88,6 +92,7 @@ class Equilibrium(nn.Module):
             stopping: overrides the rule of the current mode.
             num_unrolled_steps: run this many plain evaluations and backpropagate through them instead (shallow
                 pretraining).
+            estimate_jacobian: also estimate the Jacobian's norm at z*, to be added to the loss.
         """
         solver, adjoint = self.solver, self.adjoint
         if num_unrolled_steps is not None:
@@ -102,7 +107,8 @@ class Equilibrium(nn.Module):
         else:
             solution = run(f, z0)
             output = solution.image
-        return EquilibriumOutput(output, self.cell.remember(output, x, memory), solution)
+        jacobian = jacobian_frobenius(f, solution.z) if estimate_jacobian else None
+        return EquilibriumOutput(output, self.cell.remember(output, x, memory), solution, jacobian)
 
     def _keep_adjoint_solution(self, solution: Solution) -> None:
         self.adjoint_solution = solution

@@ -52,6 +52,7 @@ def recipe_mapping(folder: Path) -> dict[str, Any]:
             "schedule": {"name": "cosine", "warmup_steps": 2, "decay_steps": 8, "final_lr_ratio": 0.1},
             "clip_norm": 1.0,
             "pretraining": {"fraction": 0.25, "num_layers": 2},
+            "jacobian": {"weight": 0.1, "probability": 0.5},
             "mixed_precision": None,
             "log_every": 1,
             "evaluate_every": 4,

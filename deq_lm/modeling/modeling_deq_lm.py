@@ -37,6 +37,7 @@ class DEQLMOutput(ModelOutput):
         last_hidden_state: f(z*), (B, L, D).
         memory: for the next segment.
         solution: facts of the forward solve.
+        jacobian: squared Frobenius norm of df/dz at z* per entry, estimated and differentiable, if asked for.
     """
 
     loss: Tensor | None = None
@@ -46,6 +47,7 @@ class DEQLMOutput(ModelOutput):
     last_hidden_state: Tensor | None = None
     memory: Memory | None = None
     solution: Solution | None = None
+    jacobian: Tensor | None = None
 
 
 class DEQLMPreTrainedModel(PreTrainedModel):
@@ -100,11 +102,19 @@ class DEQLMModel(DEQLMPreTrainedModel):
         memory: Memory | None = None,
         stopping: StoppingRule | None = None,
         num_unrolled_steps: int | None = None,
+        estimate_jacobian: bool = False,
     ) -> EquilibriumOutput:
         """Arguments as `DEQLMForCausalLM.forward`."""
         x = self.embed_tokens(input_ids) * self.config.d_model**0.5  # (B, L, D)
         key_mask = None if attention_mask is None else attention_mask.bool()
-        return self.equilibrium(x, memory, key_mask=key_mask, stopping=stopping, num_unrolled_steps=num_unrolled_steps)
+        return self.equilibrium(
+            x,
+            memory,
+            key_mask=key_mask,
+            stopping=stopping,
+            num_unrolled_steps=num_unrolled_steps,
+            estimate_jacobian=estimate_jacobian,
+        )
 
 
 class DEQLMForCausalLM(DEQLMPreTrainedModel, GenerationMixin):
@@ -133,6 +143,7 @@ class DEQLMForCausalLM(DEQLMPreTrainedModel, GenerationMixin):
         memory: Memory | None = None,
         stopping: StoppingRule | None = None,
         num_unrolled_steps: int | None = None,
+        estimate_jacobian: bool = False,
         return_logits: bool = True,
         logits_to_keep: int = 0,
         **unsupported: Any,
@@ -147,6 +158,7 @@ class DEQLMForCausalLM(DEQLMPreTrainedModel, GenerationMixin):
             memory: `DEQLMOutput.memory` of the segment before in the same streams.
             stopping: overrides the configured stopping rule.
             num_unrolled_steps: plain evaluations to run and backpropagate through instead of the solve.
+            estimate_jacobian: also give `DEQLMOutput.jacobian`, for a regularized loss.
             return_logits: False saves their memory; the loss is computed in chunks either way.
             logits_to_keep: only the logits of this many last positions; 0 is all.
             unsupported: refused, unless None or False.
@@ -171,8 +183,14 @@ class DEQLMForCausalLM(DEQLMPreTrainedModel, GenerationMixin):
             memory=memory,
             stopping=stopping,
             num_unrolled_steps=num_unrolled_steps,
+            estimate_jacobian=estimate_jacobian,
         )
-        output = DEQLMOutput(last_hidden_state=hidden.output, memory=hidden.memory, solution=hidden.solution)
+        output = DEQLMOutput(
+            last_hidden_state=hidden.output,
+            memory=hidden.memory,
+            solution=hidden.solution,
+            jacobian=hidden.jacobian,
+        )
         if targets is not None:
             output.nll_nats, output.num_targets = token_nll(hidden.output, self.lm_head.weight, targets)
             output.loss = output.nll_nats / output.num_targets.clamp(min=1)

@@ -7,6 +7,7 @@ scheduler would step once per process.
 
 from __future__ import annotations
 
+import random
 import signal
 import time
 from contextlib import nullcontext
@@ -162,7 +163,8 @@ def train_step(
 ) -> StepResult:
     """One update of the weights from `gradient_accumulation` consecutive segments of every stream.
 
-    The gradient is that of (nats of all processes and segments) / (their targets): summed, and divided once.
+    The gradient is that of (nats of all processes and segments) / (their targets): summed, and divided once. To it comes
+    that of the Jacobian's estimate, a mean over the segments regularized or not.
     """
     settings, progress, interval = recipe.training, state.progress, state.interval
     start = time.perf_counter()
@@ -175,15 +177,21 @@ def train_step(
     measured: dict[str, list[Tensor]] = {}
     for i, segment in enumerate(segments):
         # between segments nothing is exchanged; the last backward pass averages the gradient over the processes
+        jacobian = None if pretraining is not None else settings.jacobian
+        regularize = jacobian is not None and random.random() < jacobian.probability  # noqa: S311
         with nullcontext() if i == len(segments) - 1 else accelerator.no_sync(model):
             output = model(
                 segment.input_ids.to(accelerator.device),
                 targets=segment.targets.to(accelerator.device),
                 memory=None if segment.is_start else state.memory,
                 num_unrolled_steps=pretraining and pretraining.num_layers,
+                estimate_jacobian=regularize,
                 return_logits=False,
             )
-            accelerator.backward(output.nll_nats * (accelerator.num_processes / num_targets))
+            loss = output.nll_nats * (accelerator.num_processes / num_targets)
+            if regularize and jacobian is not None:
+                loss = loss + output.jacobian * (jacobian.weight / len(segments))
+            accelerator.backward(loss)
         state.memory = output.memory
         nll_nats = nll_nats + output.nll_nats.detach()
         if pretraining is None:

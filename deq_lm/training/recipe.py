@@ -47,6 +47,25 @@ class PretrainingConfig:
 
 
 @dataclass(frozen=True)
+class JacobianConfig:
+    """Jacobian regularization: keeps the cell solvable by adding its Jacobian's size at the equilibrium to the loss.
+
+    Attributes:
+        weight: of ||df/dz||_F^2 per entry of the state, against the nats per token; > 0.
+        probability: of adding it to a segment of a step that solves (it costs a second backward pass), in (0, 1].
+    """
+
+    weight: float
+    probability: float
+
+    def __post_init__(self) -> None:
+        if not self.weight > 0:
+            raise ValueError(f"weight={self.weight}: expected more than 0, or null for the section: no regularization.")
+        if not 0 < self.probability <= 1:
+            raise ValueError(f"probability={self.probability}: expected a share of the segments in (0, 1].")
+
+
+@dataclass(frozen=True)
 class TrainingConfig:
     """How to train. One step is one update of the weights.
 
@@ -60,6 +79,7 @@ class TrainingConfig:
         schedule: see `ScheduleConfig`.
         clip_norm: largest global gradient norm, or None for no clipping.
         pretraining: shallow pretraining, or None.
+        jacobian: Jacobian regularization, or None.
         mixed_precision: "bf16" runs the cell under autocast; None leaves it to `accelerate launch`.
         log_every: steps between lines of metrics.
         evaluate_every: steps between evaluations of the validation split, or None.
@@ -77,6 +97,7 @@ class TrainingConfig:
     schedule: ScheduleConfig
     clip_norm: float | None
     pretraining: PretrainingConfig | None
+    jacobian: JacobianConfig | None
     mixed_precision: Literal["bf16"] | None
     log_every: int
     evaluate_every: int | None
