@@ -3,6 +3,7 @@ VENV   ?= .venv
 PYTHON ?= python3
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.installed
+RUN    := runs/demo_cpu_$(shell date +%Y%m%d_%H%M%S)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow lint clean
@@ -17,7 +18,7 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY)   ## train, evaluate and audit a small DEQ language model on built-in text (2 cores: under 10 minutes)
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-	    scripts/train_lm.py recipes/demo_cpu.yaml
+	    scripts/train_lm.py recipes/demo_cpu.yaml training.output_dir=$(RUN)
 
 test: $(READY) lint   ## the default test suite (2 cores: under 5 minutes)
 	$(BIN)/python -m pytest -n 2

@@ -18,13 +18,17 @@ VOCABULARY = 23
 TIGHT = {"max_steps": 200, "rtol": 1e-12, "patience": 30}
 
 
-def make(*, seed: int = 0, dtype: torch.dtype = torch.float64, cell: dict | None = None, **settings) -> DEQLMForCausalLM:
+def make(
+    *, seed: int = 0, dtype: torch.dtype = torch.float64, cell: dict | None = None, **settings
+) -> DEQLMForCausalLM:
     torch.manual_seed(seed)
     width = {"name": "transformer_xl", "d_model": 16, "num_heads": 2, "d_inner": 24, "mem_len": 6, "init_std": 0.3}
     settings = {"stopping": TIGHT, "adjoint": {"name": "implicit", "stopping": TIGHT}, **settings}
     config = DEQLMConfig(vocab_size=VOCABULARY, cell={**width, **(cell or {})}, eos_token_id=0, **settings)
     model = DEQLMForCausalLM(config).to(dtype).eval()
-    with torch.no_grad():  # strong injection and weak feedback: a contraction, with one equilibrium that all solvers find
+    with (
+        torch.no_grad()
+    ):  # strong injection and weak feedback: a contraction, with one equilibrium that all solvers find
         for name, parameter in model.named_parameters():
             parameter *= 4.0 if "inject" in name else 0.25 if "qkv" in name else 1.0
     return model
@@ -210,7 +214,10 @@ def test_the_adjoint_solve_is_reported(ids: Tensor):
         ({"num_layers": 3}, "num_layers"),
         ({"depth": "unrolled", "num_layers": 0}, "num_layers"),
         ({"cell": {"name": "transformer_xl", "d_model": 10, "num_heads": 3}}, "num_heads"),
-        ({"adjoint": {"name": "implicit", "solver": {"name": "anderson", "scop": "prefix"}}}, "model.adjoint.solver.scop"),
+        (
+            {"adjoint": {"name": "implicit", "solver": {"name": "anderson", "scop": "prefix"}}},
+            "model.adjoint.solver.scop",
+        ),
     ],
 )
 def test_a_wrong_setting_names_its_place_and_the_nearest_right_one(settings: dict, message: str):
