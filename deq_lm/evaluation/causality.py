@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deq_lm.errors import DataError
 from deq_lm.evaluation.config import EvaluationConfig
 from deq_lm.evaluation.modes import device_of, measuring
 from deq_lm.evaluation.token_loss import finite
@@ -61,10 +62,15 @@ def audit_causality(
         tokens: 1-D; real text, from which sequences are drawn.
         config: segment_length and causality_cuts.
         seed: of the places, cuts and replacements.
+
+    Raises:
+        DataError: the text is shorter than two segments of two tokens.
     """
     generator = torch.Generator().manual_seed(seed)
     device = device_of(model)
     length = min(config.segment_length, (len(tokens) - 1) // 2)
+    if length < 2:
+        raise DataError(f"the text has {len(tokens) - 1} tokens; a causality audit needs at least 4. Give more text.")
     vocab_size = model.config.vocab_size
     num_sequences = max(1, min(MAX_SEQUENCES, MAX_LOGITS // (length * vocab_size)))
     changes, biases = [], []

@@ -53,6 +53,7 @@ def evaluate(
 
     Raises:
         ConfigError: batch_size cannot be divided among the processes.
+        DataError: the split is too short for the causality audit.
     """
     measured = corpus.splits[split]
     result = evaluate_perplexity(model, measured, replace(config, max_segments=None), accelerator)

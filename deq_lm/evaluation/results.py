@@ -104,6 +104,7 @@ def write_result(path: Path, result: EvaluationResult) -> None:
             os.fsync(file.fileno())
         os.replace(aside, path)
     except OSError as error:
+        aside.unlink(missing_ok=True)
         raise DataError(f"{path}: cannot be written ({error.strerror}). Choose another file.") from error
 
 

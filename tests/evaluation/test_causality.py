@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from deq_lm.errors import DataError
 from deq_lm.evaluation import EvaluationConfig, audit_causality
 from deq_lm.evaluation.causality import MAX_SEQUENCES
 
@@ -87,6 +88,7 @@ def test_every_second_cut_has_memory_and_the_same_memory_for_both_texts(deq_mode
     )
     audit_causality(model, make_split(100).tokens, CONFIG)
     first, second = seen[:3], seen[3:7]
+    assert len({seen[i][0].shape[1] for i in (2, 6, 9, 13, 16, 20)}) > 2  # lengths of the prefixes: the cuts
     assert all(memory is None for _, memory in first)
     before, *tried = second
     assert before[1] is None
@@ -116,3 +118,6 @@ def test_a_model_that_is_not_finite_does_not_pass(table_model, make_split):
 
 def test_a_split_shorter_than_two_segments_is_audited_on_what_there_is(table_model, make_split):
     assert audit_causality(table_model(), make_split(13).tokens, CONFIG).is_causal
+    assert audit_causality(table_model(), make_split(4).tokens, CONFIG).is_causal
+    with pytest.raises(DataError, match="has 3 tokens"):
+        audit_causality(table_model(), make_split(3).tokens, CONFIG)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -55,6 +58,22 @@ def test_the_gradient_under_the_meter_is_the_right_one():
     saved_bytes(lambda: found.append(torch.autograd.grad(x.exp().tanh().square().sum(), x)[0]))
     y = x.detach().exp()
     torch.testing.assert_close(found[0], 2 * y.tanh() * (1 - y.tanh().square()) * y)
+
+
+def test_the_meter_keeps_no_graph_alive():
+    x = torch.ones(5, requires_grad=True)
+    graphs = []
+
+    def forward() -> None:
+        output = x.exp()  # its node saves its own output
+        graphs.append(weakref.ref(output.untyped_storage()))
+
+    gc.disable()
+    try:
+        saved_bytes(forward)
+        assert graphs[0]() is None
+    finally:
+        gc.enable()
 
 
 def test_peak_live_bytes_by_hand():

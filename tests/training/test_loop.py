@@ -41,8 +41,11 @@ def one_step(recipe, state, accelerator):
     return train_step(accelerator, state.model, state, recipe, stop_requested=False)
 
 
+PLAIN = ("training.clip_norm=null", "training.pretraining=null", "model.cell.dropout=0.0")
+
+
 def test_the_gradient_is_of_all_nats_over_all_targets(tmp_path):
-    recipe = make_recipe(tmp_path, "training.clip_norm=null", "training.pretraining=null", "model.cell.dropout=0.0")
+    recipe = make_recipe(tmp_path, *PLAIN, "training.jacobian=null")
     accelerator = Accelerator()
     state, *_ = make_state(recipe, accelerator)
     other, *_ = make_state(recipe, accelerator)
@@ -62,6 +65,21 @@ def test_the_gradient_is_of_all_nats_over_all_targets(tmp_path):
     assert result.grad_norm == pytest.approx(squares**0.5, rel=1e-5)
     assert state.interval.nll_nats == pytest.approx(nats.item(), rel=1e-6)
     assert state.interval.num_targets == state.progress.num_tokens == 64
+
+
+def test_the_jacobian_term_adds_its_weighted_gradient_averaged_over_the_segments(tmp_path):
+    gradients = {}
+    for weight in (0.1, 0.2, 0.3):
+        recipe = make_recipe(tmp_path, *PLAIN, f"training.jacobian.weight={weight}", "training.jacobian.probability=1.0")
+        accelerator = Accelerator()
+        state, *_ = make_state(recipe, accelerator)
+        leave_weights_alone(state)
+        torch.manual_seed(0)  # the same directions each time
+        one_step(recipe, state, accelerator)
+        gradients[weight] = torch.cat([parameter.grad.flatten().clone() for parameter in state.model.parameters()])
+    first, second = gradients[0.2] - gradients[0.1], gradients[0.3] - gradients[0.2]
+    assert first.norm() > 1e-4
+    assert torch.dist(first, second) <= 1e-2 * first.norm()  # linear in the weight
 
 
 def test_the_gradient_is_clipped_to_the_given_norm(tmp_path):

@@ -80,6 +80,8 @@ def test_an_override_reaches_into_a_section_that_was_null(mapping):
         ("training.output_dir=' '", "output_dir is empty"),
         ("training.pretraining.fraction=1.5", "recipe.training.pretraining: fraction=1.5"),
         ("training.pretraining.num_layers=0", "recipe.training.pretraining: num_layers=0"),
+        ("training.jacobian.weight=0.0", "recipe.training.jacobian: weight=0.0"),
+        ("training.jacobian.probability=2.0", "recipe.training.jacobian: probability=2.0"),
         ("training.mixed_precision=fp16", "Valid here: bf16"),
         ("training.evaluate_every=0", "evaluate_every=0"),
     ],
