@@ -18,6 +18,7 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY)   ## train, evaluate and audit a small DEQ language model on built-in text (2 cores: under 10 minutes)
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+	    --num_cpu_threads_per_process $(shell getconf _NPROCESSORS_ONLN) \
 	    scripts/train_lm.py recipes/demo_cpu.yaml training.output_dir=$(RUN)
 
 test: $(READY) lint   ## the default test suite (2 cores: under 5 minutes)

@@ -27,6 +27,8 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings to replace in the recipe")
     parser.add_argument("--resume", action="store_true", help="continue the run in training.output_dir")
     arguments = parser.parse_intermixed_args()
+    for stream in (sys.stdout, sys.stderr):  # generated text may hold what the terminal's encoding does not
+        stream.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
     logging.basicConfig(level=logging.WARNING, format="train_lm: %(message)s")
 
     # torch and transformers take seconds to import, which --help and a mistyped option need not wait for
