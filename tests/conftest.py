@@ -1,5 +1,9 @@
-"""One thread a worker, so that results and timings do not depend on how many tests run side by side."""
+"""One thread a process, so that results and timings do not depend on how many tests run side by side."""
 
-import torch
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, and for the processes the tests start
+
+import torch  # noqa: E402
 
 torch.set_num_threads(1)
