@@ -22,7 +22,9 @@ def main() -> int:
     )
     parser.add_argument("--corpus", required=True, help="builtin, text, wikitext-103, wikitext-2, or either with -raw")
     parser.add_argument("--data-dir", help="where the text is")
-    parser.add_argument("--tokenizer", required=True, help="bpe, word_level, sentencepiece, or a folder with a tokenizer")
+    parser.add_argument(
+        "--tokenizer", required=True, help="bpe, word_level, sentencepiece, or a folder with a tokenizer"
+    )
     parser.add_argument("--vocab-size", type=int, help="entries to train; word_level takes all words without it")
     parser.add_argument("--output", required=True, help="a new folder")
     arguments = parser.parse_args()

@@ -70,7 +70,9 @@ def test_the_gradient_is_of_all_nats_over_all_targets(tmp_path):
 def test_the_jacobian_term_adds_its_weighted_gradient_averaged_over_the_segments(tmp_path):
     gradients = {}
     for weight in (0.1, 0.2, 0.3):
-        recipe = make_recipe(tmp_path, *PLAIN, f"training.jacobian.weight={weight}", "training.jacobian.probability=1.0")
+        recipe = make_recipe(
+            tmp_path, *PLAIN, f"training.jacobian.weight={weight}", "training.jacobian.probability=1.0"
+        )
         accelerator = Accelerator()
         state, *_ = make_state(recipe, accelerator)
         leave_weights_alone(state)

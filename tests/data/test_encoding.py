@@ -1,0 +1,128 @@
+"""Tokens on disk: lossless, counted, made once, never half-written."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from deq_lm.data.encoding import DataConfig, prepare, prepare_into
+from deq_lm.data.text_files import SPLITS
+from deq_lm.errors import ConfigError, DataError
+
+DATA = Path(os.environ.get("DEQ_LM_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
+ROOT = Path(__file__).resolve().parents[2]
+TEXT = "= One =\n\nThe cat  sat;\tthe <unk> dog @-@ like.\n\n= Two =\n\nDéjà vu — 日本 <|endoftext|>\n" * 20
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    source = tmp_path / "source"
+    source.mkdir()
+    for split in SPLITS:
+        (source / f"{split}.txt").write_text(TEXT, encoding="utf-8")
+        (source / f"wiki.{split}.tokens").write_text(TEXT.replace("<|endoftext|>", ""), encoding="utf-8")
+    return source
+
+
+@pytest.mark.parametrize(("kind", "vocab_size"), [("bpe", 320), ("sentencepiece", 294)])
+def test_subwords_are_lossless_and_every_document_ends_with_one_eos(folder: Path, tmp_path, kind: str, vocab_size: int):
+    encoded = prepare_into(DataConfig("text", kind, vocab_size, str(folder)), tmp_path / "out")
+    split, eos = encoded.splits["valid"], encoded.tokenizer.eos_token_id
+    tokens = split.tokens.tolist()
+    assert tokens[0] == eos
+    assert tokens.count(eos) == 1 + 21  # the context, and one after each document
+    assert encoded.tokenizer.decode([token for token in tokens if token != eos]) == TEXT
+    assert split.num_bytes == len(TEXT.encode())
+    assert split.num_words == len(TEXT.split())
+
+
+def test_words_are_split_at_white_space_only_and_every_line_ends_with_eos(folder: Path, tmp_path):
+    encoded = prepare_into(DataConfig("wikitext-2", "word_level", None, str(folder)), tmp_path / "out")
+    split = encoded.splits["test"]
+    text = TEXT.replace("<|endoftext|>", "")
+    expected = " ".join(f"{line} <eos>" for line in text.split("\n")[:-1]).split()
+    assert [encoded.tokenizer.convert_ids_to_tokens(int(token)) for token in split.tokens[1:]] == expected
+    assert split.num_tokens == split.num_words == len(expected)
+
+
+def test_the_cache_is_used_again_and_not_for_another_text(folder: Path, tmp_path):
+    config = DataConfig("text", "bpe", 300, str(folder), str(tmp_path / "cache"))
+    first = prepare(config)
+    (made,) = (tmp_path / "cache").iterdir()
+    stamp = (made / "train.npy").stat().st_mtime_ns
+    assert prepare(config).fingerprint == first.fingerprint
+    assert (made / "train.npy").stat().st_mtime_ns == stamp
+    (folder / "train.txt").write_text("Another text. " * 50)
+    assert prepare(config).fingerprint != first.fingerprint
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_a_failure_leaves_nothing_behind(folder: Path, tmp_path):
+    (folder / "test.txt").write_bytes(b"good\n\xff\n")
+    for split in ("out", "cache"):
+        with pytest.raises(DataError, match="test.txt"):
+            prepare_into(DataConfig("text", "bpe", 300, str(folder)), tmp_path / split)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_damaged_prepared_folder_is_refused(folder: Path, tmp_path):
+    out = tmp_path / "out"
+    prepare_into(DataConfig("text", "bpe", 300, str(folder)), out)
+    np.save(out / "valid.npy", np.zeros(3, dtype=np.uint16))
+    with pytest.raises(DataError, match="damaged"):
+        prepare(DataConfig("prepared", "bpe", data_dir=str(out)))
+
+
+def test_a_full_folder_is_not_written_into(folder: Path, tmp_path):
+    with pytest.raises(DataError, match="is there already"):
+        prepare_into(DataConfig("text", "bpe", 300, str(folder)), folder)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("wikipedia", "bpe", 300), "not known"),
+        (("text", "bpe"), "no vocab_size"),
+        (("prepared", "bpe"), "no data_dir"),
+        (("builtin", "somewhere", 300), "has its vocabulary already"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(arguments: tuple, message: str):
+    with pytest.raises(ConfigError, match=message):
+        DataConfig(*arguments)
+
+
+def call(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "scripts" / "prepare_data.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.skipif(not (DATA / "wikitext-103").is_dir(), reason=f"no WikiText-103 in {DATA}")
+def test_prepare_data_prints_the_published_counts_of_wikitext_103(tmp_path):
+    for split in SPLITS:  # the training split stands in for itself in name only
+        shutil.copy(
+            DATA / "wikitext-103" / f"{'valid' if split == 'train' else split}.tokens",
+            tmp_path / f"wiki.{split}.tokens",
+        )
+    done = call(
+        *("--corpus", "wikitext-103", "--data-dir", str(tmp_path), "--tokenizer", "word_level"),
+        *("--output", str(tmp_path / "out")),
+    )
+    assert done.returncode == 0, done.stderr
+    counts = {line.split()[0]: line.split()[1] for line in done.stdout.splitlines()}
+    assert counts["valid"] == "217,646"
+    assert counts["test"] == "245,569"
+
+
+def test_prepare_data_fails_in_one_line(tmp_path):
+    done = call(
+        "--corpus", "text", "--data-dir", str(tmp_path), "--tokenizer", "bpe", "--output", str(tmp_path / "out")
+    )
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+    assert call("--help").returncode == 0
