@@ -95,7 +95,7 @@ def test_one_file_is_cut_into_three_without_loss(tmp_path):
 def test_an_empty_split_is_refused_by_name(tmp_path):
     folder_of(tmp_path)
     (tmp_path / "test.txt").write_text(" \n\n")
-    with pytest.raises(DataError, match="test.txt: the test split has no text"):
+    with pytest.raises(DataError, match=r"test.txt: the test split has no text"):
         list(load_corpus("text", data_dir=tmp_path).splits["test"].documents)
 
 
@@ -116,7 +116,7 @@ def test_what_is_not_there_is_said(name: str, options: dict, error: type, messag
 def test_without_network_the_hub_corpora_say_what_to_do_instead(monkeypatch):
     monkeypatch.setattr("deq_lm.data.corpora._hub_answers", lambda: False)
     monkeypatch.setenv("HF_HUB_CACHE", "/nowhere")
-    with pytest.raises(DataError, match="Give data_dir.*builtin"):
+    with pytest.raises(DataError, match=r"Give data_dir.*builtin"):
         corpus = load_corpus("wikitext-2")
         list(corpus.splits["train"].documents)
 

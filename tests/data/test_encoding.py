@@ -64,7 +64,7 @@ def test_the_cache_is_used_again_and_not_for_another_text(folder: Path, tmp_path
 def test_a_failure_leaves_nothing_behind(folder: Path, tmp_path):
     (folder / "test.txt").write_bytes(b"good\n\xff\n")
     for split in ("out", "cache"):
-        with pytest.raises(DataError, match="test.txt"):
+        with pytest.raises(DataError, match=r"test.txt"):
             prepare_into(DataConfig("text", "bpe", 300, str(folder)), tmp_path / split)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
