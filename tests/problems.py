@@ -102,8 +102,8 @@ def all_problems() -> list[Problem]:
 def _with_offset(
     name: str, matrix: Tensor, batch: int, length: int, width: int, seed: int, *, is_contraction: bool
 ) -> Problem:
+    """z -> A z + b, with b chosen for a z* of size 1."""
     generator = torch.Generator().manual_seed(seed)
-    offset = torch.randn(batch, length, width, dtype=torch.float64, generator=generator)
-    identity = torch.eye(length * width, dtype=torch.float64)
-    z_star = torch.linalg.solve(identity - matrix, offset.flatten(1).T).T.view_as(offset)
+    z_star = torch.randn(batch, length, width, dtype=torch.float64, generator=generator)
+    offset = z_star - (z_star.flatten(1) @ matrix.T).view_as(z_star)
     return Problem(name, linear_map(matrix, offset), z_star, is_contraction=is_contraction)
