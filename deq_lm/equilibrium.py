@@ -107,6 +107,7 @@ class Equilibrium(nn.Module):
         else:
             solution = run(f, z0)
             output = solution.image
+        output = output.to(x.dtype)
         jacobian = jacobian_frobenius(f, solution.z) if estimate_jacobian else None
         return EquilibriumOutput(output, self.cell.remember(output, x, memory), solution, jacobian)
 

@@ -38,16 +38,18 @@ class BoundCell:
     Attributes:
         evaluate: (z, tensors) -> f(z), both (B, L, D); pure.
         tensors: what f reads, by name.
+        dtype: what f computes in. A solver's state is wider where this is half precision, and is converted at the door.
         autocast: the mixed-precision state at `bind`; every evaluation runs under it, the backward pass included.
     """
 
     evaluate: Callable[[Tensor, Mapping[str, Tensor]], Tensor]
     tensors: Mapping[str, Tensor]
+    dtype: torch.dtype
     autocast: Autocast
 
     def __call__(self, z: Tensor) -> Tensor:
         with self.autocast.enter():
-            return self.evaluate(z, self.tensors).to(z.dtype)
+            return self.evaluate(z.to(self.dtype), self.tensors).to(z.dtype)
 
     @property
     def inputs(self) -> tuple[Tensor, ...]:

@@ -145,7 +145,7 @@ class TransformerXLCell(Cell):
         if self.training and self.config.dropout > 0:
             tensors["attention_dropout"] = variational_mask(x, self.config.dropout)
             tensors["output_dropout"] = variational_mask(x, self.config.dropout)
-        return BoundCell(self.evaluate, tensors, Autocast.current(x.device.type))
+        return BoundCell(self.evaluate, tensors, x.dtype, Autocast.current(x.device.type))
 
     def evaluate(self, z: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         """f(z), (B, L, D), reading nothing but `tensors`."""

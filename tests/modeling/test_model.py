@@ -195,6 +195,20 @@ def test_mixed_precision_trains_and_is_left_before_backward(ids: Tensor):
     assert torch.dist(mixed, full) > 0  # the autocast did reach the cell
 
 
+def test_a_model_in_half_precision_scores_trains_and_keeps_its_solver_state_in_float32(ids: Tensor, tmp_path):
+    model = make(dtype=torch.float32, stopping={"max_steps": 12, "rtol": 1e-2})
+    model.save_pretrained(tmp_path)
+    half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    first = half(ids[:, :6], targets=ids[:, 1:7])
+    second = half(ids[:, 6:-1], targets=ids[:, 7:], memory=first.memory)
+    second.loss.backward()
+    assert half.dtype == torch.bfloat16
+    assert first.solution.z.dtype == torch.float32
+    exact = model(ids[:, :6], targets=ids[:, 1:7])
+    torch.testing.assert_close(first.loss, exact.loss, rtol=0.05, atol=0)
+    assert all(parameter.grad.isfinite().all() for parameter in half.parameters())
+
+
 def test_the_adjoint_solve_is_reported(ids: Tensor):
     model = make()
     assert model.adjoint_solution is None
