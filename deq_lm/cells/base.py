@@ -27,6 +27,10 @@ class Autocast:
     def enter(self) -> torch.autocast:
         return torch.autocast(self.device_type, dtype=self.dtype, enabled=self.enabled)
 
+    def convert(self, weight: Tensor) -> Tensor:
+        """`weight` in the dtype a matrix product would convert it to, so that this happens once and not per evaluation."""
+        return weight.to(self.dtype) if self.enabled and weight.dtype == torch.float32 else weight
+
 
 @dataclass(frozen=True)
 class BoundCell:

@@ -116,22 +116,26 @@ class TransformerXLCell(Cell):
             norm.reset_parameters()
 
     def bind(self, x: Tensor, memory: Memory | None = None, key_mask: Tensor | None = None) -> BoundCell:
+        self._check(x, memory, key_mask)
         length, width = x.shape[1], self.config.d_model
+        autocast = Autocast.current(x.device.type)
         num_keys = length + (0 if memory is None else memory.length)
-        qkv, inject = self.qkv.weight, self.inject.weight  # weight norm is computed here, once
-        distances = F.linear(sinusoids(num_keys, width, like=x), self.distance.weight)
+        # Reading a weight computes its normalization: here, once.
+        qkv, inject = autocast.convert(self.qkv.weight), autocast.convert(self.inject.weight)
+        distances = F.linear(sinusoids(num_keys, width, like=x), self.distance.weight * self._scale)
+        distances = F.pad(distances, (0, 0, 0, 1))  # (K + 1, D): the unused column of `by_key`
         tensors = {
             "qkv": qkv,
             "injection": F.linear(x, inject),  # (B, L, 3 D)
-            "distances": F.pad(distances, (0, 0, 0, 1)),  # (K + 1, D): the unused column of `by_key`
-            "mask": _attention_mask(length, num_keys, x, key_mask),
-            "content_bias": self.content_bias,
-            "distance_bias": self.distance_bias,
-            "merge": self.merge.weight,
-            "expand": self.expand.weight,
-            "expand_bias": self.expand.bias,
-            "contract": self.contract.weight,
-            "contract_bias": self.contract.bias,
+            "distances": self._heads(distances).transpose(-2, -1).contiguous(),  # (H, E, K + 1)
+            "mask": autocast.convert(_attention_mask(length, num_keys, x, key_mask)),
+            "content_bias": autocast.convert(self._heads(self.content_bias)[:, None, None]),  # (H, 1, 1, E)
+            "distance_bias": autocast.convert(self._heads(self.distance_bias)[:, None, None]),  # (H, 1, 1, E)
+            "merge": autocast.convert(self.merge.weight),
+            "expand": autocast.convert(self.expand.weight),
+            "expand_bias": autocast.convert(self.expand.bias),
+            "contract": autocast.convert(self.contract.weight),
+            "contract_bias": autocast.convert(self.contract.bias),
             "attention_norm": self.attention_norm.weight,
             "attention_norm_bias": self.attention_norm.bias,
             "output_norm": self.output_norm.weight,
@@ -141,11 +145,12 @@ class TransformerXLCell(Cell):
             z = memory.z
             if self.config.norm == "pre":
                 z = self._normalize(z, tensors, "attention_norm")
-            tensors["memory_kv"] = F.linear(z, qkv[width:]) + F.linear(memory.x, inject[width:])  # (B, M, 2 D)
+            keys_values = F.linear(z, qkv[width:]) + F.linear(memory.x, inject[width:])  # (B, M, 2 D)
+            tensors["memory_key"], tensors["memory_value"] = map(self._heads, keys_values.chunk(2, dim=-1))
         if self.training and self.config.dropout > 0:
             tensors["attention_dropout"] = variational_mask(x, self.config.dropout)
             tensors["output_dropout"] = variational_mask(x, self.config.dropout)
-        return BoundCell(self.evaluate, tensors, x.dtype, Autocast.current(x.device.type))
+        return BoundCell(self.evaluate, tensors, x.dtype, autocast)
 
     def evaluate(self, z: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         """f(z), (B, L, D), reading nothing but `tensors`."""
@@ -153,32 +158,53 @@ class TransformerXLCell(Cell):
         attention = self._attention(self._normalize(z, tensors, "attention_norm") if pre else z, tensors)
         h = z + _drop(attention, tensors, "attention_dropout")
         h = self._normalize(h, tensors, "output_norm" if pre else "attention_norm")
-        hidden = F.linear(h, tensors["expand"], tensors["expand_bias"]).relu()
-        out = F.linear(hidden, tensors["contract"], tensors["contract_bias"])
+        rows = h.flatten(0, 1)  # as rows, a linear map's result is no view, and relu_ needs no copy for autograd
+        hidden = F.linear(rows, tensors["expand"], tensors["expand_bias"]).relu_()
+        out = F.linear(hidden, tensors["contract"], tensors["contract_bias"]).view_as(h)
         out = h + _drop(out, tensors, "output_dropout")
         return out if pre else self._normalize(out, tensors, "output_norm")
 
     def remember(self, z: Tensor, x: Tensor, memory: Memory | None) -> Memory | None:
         return Memory.extend(memory, z, x, self.config.mem_len)
 
+    def _check(self, x: Tensor, memory: Memory | None, key_mask: Tensor | None) -> None:
+        batch, length, width = x.shape
+        if width != self.config.d_model:
+            raise ValueError(
+                f"x of shape {tuple(x.shape)}: expected (B, L, d_model), and d_model is {self.config.d_model}."
+            )
+        if memory is not None and (memory.z.shape != memory.x.shape or memory.z.shape[::2] != (batch, width)):
+            raise ValueError(
+                f"memory of shape {tuple(memory.z.shape)} with x of shape {tuple(x.shape)}: expected the same batch and "
+                "width. Start with memory=None when the streams change."
+            )
+        if key_mask is not None and key_mask.shape != (batch, length):
+            raise ValueError(
+                f"key_mask of shape {tuple(key_mask.shape)}: expected {(batch, length)}, one value a position of x; "
+                "positions in memory are never masked."
+            )
+
     def _attention(self, z: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-        query, key, value = (F.linear(z, tensors["qkv"]) + tensors["injection"]).chunk(3, dim=-1)
-        if "memory_kv" in tensors:
-            memory_key, memory_value = tensors["memory_kv"].chunk(2, dim=-1)
-            key, value = torch.cat([memory_key, key], dim=1), torch.cat([memory_value, value], dim=1)
-        scale = (self.config.d_model // self.config.num_heads) ** -0.5
-        by_distance = self._heads(query + tensors["distance_bias"]) @ self._heads(tensors["distances"]).transpose(
-            -2, -1
-        )
-        bias = by_key(by_distance) * scale + tensors["mask"]  # (B, H, L, K)
-        content_query = self._heads(query + tensors["content_bias"])
-        key, value = self._heads(key), self._heads(value)
-        out = F.scaled_dot_product_attention(content_query, key, value, attn_mask=bias.to(query.dtype), scale=scale)
-        return F.linear(out.transpose(-3, -2).flatten(-2), tensors["merge"])
+        projected = F.linear(z, tensors["qkv"]) + tensors["injection"]
+        query, key, value = map(self._heads, projected.chunk(3, dim=-1))  # (H, B, L, E)
+        if "memory_key" in tensors:
+            key = torch.cat([tensors["memory_key"], key], dim=2)  # (H, B, K, E)
+            value = torch.cat([tensors["memory_value"], value], dim=2)
+        # Heads come before the batch, so that the distances are multiplied without a copy per sequence.
+        distance_query = (query + tensors["distance_bias"]).flatten(1, 2)
+        by_distance = torch.bmm(distance_query, tensors["distances"]).unflatten(1, query.shape[1:3])
+        bias = by_key(by_distance) + tensors["mask"]  # (H, B, L, K)
+        content_query = query + tensors["content_bias"]
+        out = F.scaled_dot_product_attention(content_query, key, value, attn_mask=bias, scale=self._scale)
+        return F.linear(out.permute(1, 2, 0, 3).flatten(2), tensors["merge"])
+
+    @property
+    def _scale(self) -> float:
+        return (self.config.d_model // self.config.num_heads) ** -0.5
 
     def _heads(self, x: Tensor) -> Tensor:
-        """(..., L, D) to (..., H, L, E)."""
-        return x.unflatten(-1, (self.config.num_heads, -1)).transpose(-3, -2)
+        """(..., D) to (H, ..., E)."""
+        return x.unflatten(-1, (self.config.num_heads, -1)).movedim(-2, 0)
 
     def _normalize(self, x: Tensor, tensors: Mapping[str, Tensor], name: str) -> Tensor:
         return F.layer_norm(x, x.shape[-1:], tensors[name], tensors[f"{name}_bias"])
@@ -189,11 +215,11 @@ def _drop(x: Tensor, tensors: Mapping[str, Tensor], name: str) -> Tensor:
 
 
 def _attention_mask(length: int, num_keys: int, x: Tensor, key_mask: Tensor | None) -> Tensor:
-    """0 where a query may look and -inf elsewhere, (L, K) or (B, 1, L, K); every query sees itself, so no row is empty."""
+    """0 where a query may look and -inf elsewhere, (L, K) or (B, L, K); every query sees itself, so no row is empty."""
     offset = num_keys - length
     visible = torch.ones(length, num_keys, dtype=torch.bool, device=x.device).tril(offset)
     if key_mask is not None:
         itself = torch.zeros_like(visible).diagonal_scatter(visible.new_ones(length), offset)
         present = F.pad(key_mask.bool(), (offset, 0), value=True)
-        visible = ((visible & present[:, None, :]) | itself)[:, None]
+        visible = (visible & present[:, None, :]) | itself
     return torch.zeros(visible.shape, dtype=x.dtype, device=x.device).masked_fill(~visible, -math.inf)

@@ -10,11 +10,12 @@ from torch.utils.checkpoint import checkpoint
 IGNORED = -100
 """A target that is not scored."""
 
-CHUNK_POSITIONS = 4096
+MAX_LOGITS = 2**24
+"""Logits that may exist at once where the caller does not say: 64 MiB of float32. Larger chunks were slower, too."""
 
 
 def token_nll(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk_positions: int = CHUNK_POSITIONS
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk_positions: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Sum of -log softmax(hidden weight^T)[target] in nats over scored targets, and how many were scored.
 
@@ -24,17 +25,28 @@ def token_nll(
         hidden: (B, L, D).
         weight: output embedding, (V, D).
         targets: (B, L) int64; -100 is not scored.
-        chunk_positions: positions per chunk, 1 or more.
+        chunk_positions: positions per chunk, 1 or more; None takes as many as have `MAX_LOGITS` logits.
 
     Returns:
         The sum, 0-dim, float32 at least; the count, 0-dim int64.
+
+    Raises:
+        ValueError: if chunk_positions is below 1.
     """
+    if chunk_positions is None:
+        chunk_positions = max(1, MAX_LOGITS // len(weight))
+    if chunk_positions < 1:
+        raise ValueError(
+            f"token_nll(chunk_positions={chunk_positions}): expected 1 or more, or None to choose by size."
+        )
     rows, flat_targets = hidden.flatten(0, 1), targets.flatten()
-    chunks = zip(rows.split(chunk_positions), flat_targets.split(chunk_positions), strict=True)
     if len(rows) <= chunk_positions:
         total = _chunk_nll(rows, weight, flat_targets)
     else:
-        sums = [checkpoint(_chunk_nll, chunk, weight, target, use_reentrant=False) for chunk, target in chunks]
+        sums = [  # nothing random inside, so no generator state to keep
+            checkpoint(_chunk_nll, chunk, weight, target, use_reentrant=False, preserve_rng_state=False)
+            for chunk, target in zip(rows.split(chunk_positions), flat_targets.split(chunk_positions), strict=True)
+        ]
         total = torch.stack(sums).sum()  # pyright: ignore[reportArgumentType]  (checkpoint returns what it is given)
     return total, (targets != IGNORED).sum()
 

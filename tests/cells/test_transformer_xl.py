@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from deq_lm.cells import Memory, TransformerXLCell, TransformerXLConfig
 from deq_lm.cells.relative_position import by_key, sinusoids
@@ -90,15 +91,62 @@ def test_the_future_changes_no_bit_of_the_past(norm, dtype: torch.dtype):
             assert not torch.equal(before[:, cut:], after[:, cut:])
 
 
+@pytest.mark.parametrize("recorded", [False, True], ids=["solving", "recorded"])
+@pytest.mark.parametrize("mixed_precision", [False, True])
+def test_the_future_changes_no_bit_of_the_past_at_sizes_that_reach_the_vector_kernels(
+    recorded: bool, mixed_precision: bool
+):
+    torch.manual_seed(0)
+    cell = TransformerXLCell(TransformerXLConfig(d_model=64, num_heads=2, d_inner=96, init_std=0.1))
+    z, x = torch.randn(2, 70, 64), torch.randn(2, 70, 64)
+    memory = Memory(torch.randn(2, 33, 64), torch.randn(2, 33, 64))
+    with torch.set_grad_enabled(recorded), torch.autocast("cpu", torch.bfloat16, enabled=mixed_precision):
+        before = cell.bind(x, memory)(z)
+        for cut in (1, 31, 64, 69):
+            changed_z, changed_x = z.clone(), x.clone()
+            changed_z[:, cut:] *= -1000
+            changed_x[:, cut:] *= -1000
+            assert torch.equal(before[:, :cut], cell.bind(changed_x, memory)(changed_z)[:, :cut])
+
+
+def test_a_sequence_gives_the_same_alone_and_in_a_batch():
+    cell = make()
+    z, x = states(LENGTH, 1), states(LENGTH, 2)
+    memory = Memory(states(PAST, 3), states(PAST, 4))
+    with torch.no_grad():
+        together = cell.bind(x, memory)(z)
+        for entry in range(BATCH):
+            one = slice(entry, entry + 1)
+            alone = cell.bind(x[one], Memory(memory.z[one], memory.x[one]))(z[one])
+            torch.testing.assert_close(alone, together[one], rtol=0, atol=1e-12)
+
+
 def test_left_padding_that_is_masked_changes_nothing():
     cell = make()
     z, x = states(LENGTH, 1), states(LENGTH, 2)
     padded_z, padded_x = torch.cat([states(4, 5), z], 1), torch.cat([states(4, 6), x], 1)
     mask = torch.tensor([[False] * 4 + [True] * LENGTH] * BATCH)
     with torch.no_grad():
-        found = cell.bind(padded_x, key_mask=mask)(padded_z)
+        f = cell.bind(padded_x, key_mask=mask)
+        found = f(padded_z)
         torch.testing.assert_close(found[:, 4:], cell.bind(x)(z), rtol=0, atol=1e-12)
         assert found.isfinite().all()
+        assert f.tensors["mask"].isfinite().any(dim=-1).all()  # padding sees itself: some kernels give NaN for nothing
+
+
+def test_key_masks_differ_between_sequences_and_leave_memory_visible():
+    cell = make()
+    z, x = states(LENGTH, 1), states(LENGTH, 2)
+    memory = Memory(states(PAST, 3), states(PAST, 4))
+    mask = torch.ones(BATCH, LENGTH, dtype=torch.bool)
+    mask[1, 2] = False
+    with torch.no_grad():
+        plain, masked = cell.bind(x, memory)(z), cell.bind(x, memory, mask)(z)
+        other_memory = Memory(memory.z + 1, memory.x)
+        torch.testing.assert_close(masked[0], plain[0], rtol=0, atol=1e-12)
+        assert torch.equal(masked[1, :2], plain[1, :2])
+        assert not torch.isclose(masked[1, 3:], plain[1, 3:]).all(dim=-1).any()
+        assert not torch.isclose(cell.bind(x, other_memory, mask)(z), masked).all(dim=-1).any()
 
 
 def test_what_does_not_depend_on_z_is_computed_once_per_solve():
@@ -111,6 +159,39 @@ def test_what_does_not_depend_on_z_is_computed_once_per_solve():
     for seed in range(3):
         f(states(LENGTH, seed))
     assert len(calls) == 6
+
+
+def test_under_autocast_weights_are_converted_once_per_solve():
+    class Conversions(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.sizes: list[int] = []
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.overloadpacket is torch.ops.aten._to_copy:
+                self.sizes.append(args[0].numel())
+            return function(*args, **(kwargs or {}))
+
+    cell = make(weight_norm=True).float()
+    z, x = states(LENGTH, 1).float(), states(LENGTH, 2).float()
+    memory = Memory(states(PAST, 3).float(), states(PAST, 4).float())
+    with torch.autocast("cpu", torch.bfloat16):
+        f = cell.bind(x, memory)
+        with torch.no_grad(), Conversions() as conversions:
+            f(z)
+    assert set(conversions.sizes) == {z.numel()}
+
+
+def test_under_autocast_the_evaluation_is_rounded_and_the_state_is_not():
+    cell = make().float()
+    z, x = states(LENGTH, 1).float(), states(LENGTH, 2).float()
+    with torch.no_grad():
+        exact = cell.bind(x)(z)
+        with torch.autocast("cpu", torch.bfloat16):
+            f = cell.bind(x)
+        rounded = f(z)  # outside the context, under the state at bind
+    assert rounded.dtype == torch.float32
+    assert 1e-4 < (rounded - exact).norm() / exact.norm() < 2e-2
 
 
 def test_one_dropout_mask_a_solve_over_features_and_not_over_positions():
@@ -154,6 +235,22 @@ def test_initial_weights_have_the_stated_spread_also_under_weight_norm(weight_no
     cell = TransformerXLCell(TransformerXLConfig(d_model=128, d_inner=256, weight_norm=weight_norm, init_std=0.03))
     for linear in cell._linears():
         assert linear.weight.std().item() == pytest.approx(0.03, rel=0.03)
+
+
+def test_weight_norm_starts_from_the_very_weights_that_are_drawn_without_it():
+    plain, normalized = make(weight_norm=False), make(weight_norm=True)
+    for a, b in zip(plain._linears(), normalized._linears(), strict=True):
+        torch.testing.assert_close(a.weight, b.weight, rtol=1e-6, atol=0)
+
+
+def test_a_state_dict_restores_the_cell():
+    cell, other = make(weight_norm=True), make(weight_norm=True)
+    other.reset_parameters()
+    z, x = states(LENGTH, 1), states(LENGTH, 2)
+    with torch.no_grad():
+        assert not torch.equal(cell.bind(x)(z), other.bind(x)(z))
+        other.load_state_dict(cell.state_dict())
+        assert torch.equal(cell.bind(x)(z), other.bind(x)(z))
 
 
 def test_it_can_be_built_without_storage_and_filled_later():
@@ -208,3 +305,18 @@ def test_sinusoids_are_exact_in_low_precision_too():
 def test_impossible_sizes_are_refused(options: dict, message: str):
     with pytest.raises(ValueError, match=message):
         TransformerXLConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("width", "past_batch", "mask_length", "message"),
+    [
+        (WIDTH + 1, BATCH, LENGTH, "d_model is 8"),
+        (WIDTH, BATCH + 1, LENGTH, "the same batch and width. Start with memory=None"),
+        (WIDTH, BATCH, LENGTH + PAST, r"expected \(2, 5\), one value a position of x"),
+    ],
+)
+def test_shapes_that_do_not_belong_together_are_refused(width: int, past_batch: int, mask_length: int, message: str):
+    memory = Memory(torch.zeros(past_batch, PAST, WIDTH), torch.zeros(past_batch, PAST, WIDTH))
+    mask = torch.ones(BATCH, mask_length, dtype=torch.bool)
+    with pytest.raises(ValueError, match=message):
+        make().bind(torch.zeros(BATCH, LENGTH, width), memory, mask)

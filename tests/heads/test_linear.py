@@ -1,10 +1,13 @@
 """The chunked loss against the dense one, in float64."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from deq_lm.heads import token_nll
+from deq_lm.heads.linear import MAX_LOGITS
 
 
 @pytest.mark.parametrize("chunk_positions", [1, 4, 7, 100])
@@ -32,6 +35,21 @@ def test_the_logits_of_all_positions_are_never_kept():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (sizes.append(t.numel()), t)[1], lambda t: t):
         token_nll(hidden, weight, targets, chunk_positions=16)
     assert max(sizes) < 500 * 64
+
+
+def test_a_large_vocabulary_is_chunked_without_being_asked():
+    vocab_size = MAX_LOGITS // 8
+    hidden = torch.randn(1, 9, 2, requires_grad=True)
+    sizes: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (sizes.append(t.numel()), t)[1], lambda t: t):
+        total, _ = token_nll(hidden, torch.zeros(vocab_size, 2), torch.zeros(1, 9, dtype=torch.long))
+    assert total.item() == pytest.approx(9 * math.log(vocab_size), rel=1e-5)
+    assert max(sizes) <= 2 * vocab_size  # the weight, and no logits
+
+
+def test_chunks_of_nothing_are_refused():
+    with pytest.raises(ValueError, match=r"chunk_positions=0\): expected 1 or more"):
+        token_nll(torch.zeros(1, 2, 4), torch.zeros(5, 4), torch.zeros(1, 2, dtype=torch.long), chunk_positions=0)
 
 
 def test_half_precision_logits_are_summed_in_float32():

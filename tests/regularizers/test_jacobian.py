@@ -1,14 +1,17 @@
 """The estimate against explicit Jacobians."""
 
+import math
+
+import pytest
 import torch
 
 from deq_lm.cells import TransformerXLCell, TransformerXLConfig
-from deq_lm.regularizers import jacobian_frobenius
+from deq_lm.regularizers import jacobian_frobenius, spectral_radius
 
 
-def cell_at_a_point():
+def cell_at_a_point(init_std: float = 0.4):
     torch.manual_seed(0)
-    cell = TransformerXLCell(TransformerXLConfig(d_model=8, num_heads=2, d_inner=8, init_std=0.4)).double()
+    cell = TransformerXLCell(TransformerXLConfig(d_model=8, num_heads=2, d_inner=8, init_std=init_std)).double()
     return cell, torch.randn(2, 3, 8, dtype=torch.float64), torch.randn(2, 3, 8, dtype=torch.float64)
 
 
@@ -45,3 +48,41 @@ def test_descending_it_makes_the_map_contract():
         optimizer.step()
         values.append(value.item())
     assert values[-1] < 0.5 * values[0]
+
+
+def exact_radius(f, z: torch.Tensor) -> torch.Tensor:
+    jacobian = torch.autograd.functional.jacobian(f, z)
+    blocks = [jacobian[b, :, :, b].flatten(2).flatten(0, 1) for b in range(len(z))]
+    return torch.stack([torch.linalg.eigvals(block).abs().max() for block in blocks])
+
+
+@pytest.mark.parametrize("init_std", [0.05, 0.4])
+def test_the_spectral_radius_of_a_cell_is_found_for_each_sequence(init_std: float):
+    cell, x, z = cell_at_a_point(init_std)
+    f = cell.bind(x)
+    found = spectral_radius(f, z, num_iterations=400, generator=torch.Generator().manual_seed(5))
+    torch.testing.assert_close(found, exact_radius(f, z), rtol=1e-2, atol=0)
+    assert not found.requires_grad
+    assert abs(found[0] - found[1]) > 0.01 * found[0]
+
+
+@pytest.mark.parametrize(
+    ("matrix", "radius", "tolerance"),
+    [
+        ([[math.cos(1.1), -math.sin(1.1)], [math.sin(1.1), math.cos(1.1)]], 1.0, 1e-12),
+        ([[0.0, -2.0], [0.5, 0.0]], 1.0, 1e-12),  # a quarter turn, not normal
+        ([[1.0, 5.0], [0.0, -0.9]], 1.0, 1e-3),
+        ([[1.0, 0.0], [0.0, 0.1]], 1.0, 1e-3),
+        ([[0.0, 1.0], [0.0, 0.0]], 0.0, 0.0),  # nilpotent
+    ],
+)
+def test_the_spectral_radius_of_rotations_and_of_non_normal_maps(matrix: list, radius: float, tolerance: float):
+    jacobian = 0.9 * torch.tensor(matrix, dtype=torch.float64)
+    z = torch.randn(3, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
+    found = spectral_radius(lambda z: z @ jacobian.T, z, generator=torch.Generator().manual_seed(7))
+    torch.testing.assert_close(found, torch.full((3,), 0.9 * radius, dtype=torch.float64), rtol=0, atol=tolerance)
+
+
+def test_one_iteration_says_nothing_about_growth():
+    with pytest.raises(ValueError, match=r"num_iterations=1\): expected 2 or more"):
+        spectral_radius(torch.sin, torch.zeros(1, 1, 1), num_iterations=1)
