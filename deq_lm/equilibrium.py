@@ -39,7 +39,8 @@ class Equilibrium(nn.Module):
     inside.
 
     Attributes:
-        adjoint_solution: the `Solution` of the latest backward pass's adjoint solve; None before, or without one.
+        adjoint_solution: the `Solution` of the adjoint solve in the latest output's backward pass; None before it, or
+            without one.
     """
 
     def __init__(
@@ -103,6 +104,7 @@ class Equilibrium(nn.Module):
         f = self.cell.bind(x, memory, key_mask)
         z0 = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
         if torch.is_grad_enabled():
+            self.adjoint_solution = None  # until this output's backward pass
             output, solution = adjoint.apply(f, z0, run, report=self._keep_adjoint_solution)
         else:
             solution = run(f, z0)

@@ -53,7 +53,9 @@ class Implicit(Adjoint):
             return u.flip(1) if backwards_in_time else u
 
         def transposed(u: Tensor) -> Tensor:
-            (product,) = torch.autograd.grad(image, z, reversed_if_prefix(u), retain_graph=True)
+            (product,) = torch.autograd.grad(
+                image, z, reversed_if_prefix(u), retain_graph=True, allow_unused=True, materialize_grads=True
+            )
             return reversed_if_prefix(product + cotangent)
 
         start = reversed_if_prefix(cotangent)

@@ -10,17 +10,15 @@ from torch import Tensor
 from deq_lm._types import FixedPointMap, Scope
 from deq_lm.solvers.base import FixedPointSolver, SolverState, evaluate
 from deq_lm.solvers.norms import rounding
-from deq_lm.solvers.scope import check_scope, split_units
-from deq_lm.solvers.secant_history import ProductMatrix, SecantHistory
+from deq_lm.solvers.scope import check_scope
+from deq_lm.solvers.secant_pairs import IMAGES, RESIDUALS, SecantPairs, check_restart_growth
 
 
 @dataclass(frozen=True)
 class AndersonState(SolverState):
-    """`gram`: <delta_residual_i, delta_residual_j>. `projections`: <delta_residual_i, residual>, (B, U, stored)."""
+    """Adds the `pairs` remembered."""
 
-    history: SecantHistory
-    gram: ProductMatrix
-    projections: Tensor | None
+    pairs: SecantPairs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,11 +27,14 @@ class Anderson(FixedPointSolver):
 
     The least-squares problem is solved by normal equations scaled to unit diagonal, with a ridge of that scale's rounding:
     nothing in it has a unit, so scaling the problem scales the iterates. Where it cannot be solved the step is Picard's.
+    Keeps 2 x history_size states.
 
     Attributes:
         history_size: pairs kept, at least 1.
         relaxation: weight of the new value, in (0, 1]: z <- z_bar + relaxation (f_bar - z_bar) of the combined states.
         scope: what inner products look at.
+        restart_growth: a unit forgets its pairs where its residual is more than this times that of one step before (and the
+            next time a little later); inf never does.
 
     Raises:
         ValueError: if a value is out of range.
@@ -45,6 +46,7 @@ class Anderson(FixedPointSolver):
     history_size: int = 6
     relaxation: float = 1.0
     scope: Scope = "prefix"
+    restart_growth: float = 1.0
 
     def __post_init__(self) -> None:
         if self.history_size < 1:
@@ -55,49 +57,39 @@ class Anderson(FixedPointSolver):
             raise ValueError(
                 f"Anderson(relaxation={self.relaxation}): expected a value in (0, 1]; it is the weight of the new value."
             )
+        check_restart_growth("Anderson", self.restart_growth)
         check_scope("Anderson", self.scope)
 
     def init(self, f: FixedPointMap, z0: Tensor) -> AndersonState:
-        units = split_units(z0, self.scope)
-        return AndersonState(
-            **vars(super().init(f, z0)),
-            history=SecantHistory(units, self.history_size),
-            gram=ProductMatrix(units, self.history_size),
-            projections=None,
-        )
+        pairs = SecantPairs(z0, self.history_size, self.scope, self.restart_growth)
+        return AndersonState(**vars(super().init(f, z0)), pairs=pairs)
 
     def step(self, f: FixedPointMap, state: SolverState, active: Tensor | None) -> AndersonState:
         assert isinstance(state, AndersonState)
-        history, gram = state.history, state.gram
-        proposal = state.image
-        if state.projections is not None:
-            gamma = self._coefficients(history, gram, state.projections)
-            proposal = proposal - history.combine(0, gamma).view_as(proposal)
-            if self.relaxation != 1.0:
-                predicted = state.residual - history.combine(1, gamma).view_as(proposal)
-                proposal = proposal - (1.0 - self.relaxation) * predicted
-        elif self.relaxation != 1.0:
-            proposal = torch.lerp(state.point, state.image, self.relaxation)
-        new = evaluate(f, proposal, state, active)
+        new = evaluate(f, self._proposal(state, active), state, active)
+        state.pairs.append(new, state)
+        return AndersonState(**vars(new), pairs=state.pairs)
 
-        residual = split_units(new.residual, self.scope)
-        delta_residual = residual - split_units(state.residual, self.scope)
-        history.append(split_units(new.image - state.image, self.scope), delta_residual)
-        projections, row = history.products(1, residual, delta_residual)
-        gram.update(history, row, row)
-        return AndersonState(**vars(new), history=history, gram=gram, projections=projections)
+    def _proposal(self, state: AndersonState, active: Tensor | None) -> Tensor:
+        pairs, damping = state.pairs, 1.0 - self.relaxation
+        if len(pairs) == 0:
+            return torch.sub(state.image, state.residual, alpha=damping) if damping else state.image
+        gamma = _coefficients(*pairs.measure(state.residual, active))
+        if not damping:
+            return pairs.correct_(state.image.clone(memory_format=torch.contiguous_format), IMAGES, -gamma)
+        proposal = torch.sub(state.image, state.residual, alpha=damping).contiguous()
+        return pairs.correct_(pairs.correct_(proposal, IMAGES, -gamma), RESIDUALS, damping * gamma)
 
-    @staticmethod
-    def _coefficients(history: SecantHistory, gram: ProductMatrix, projections: Tensor) -> Tensor:
-        matrix = gram.oldest_first(history)
-        scale = matrix.diagonal(dim1=-2, dim2=-1).sqrt()
-        usable = scale > 0
-        scale = torch.where(usable, scale, torch.ones_like(scale))
-        identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-        matrix = matrix / scale[..., :, None] / scale[..., None, :] + rounding(matrix.dtype) * identity
-        matrix = torch.where(usable[..., :, None] & usable[..., None, :], matrix, identity)
-        right = torch.where(usable, history.chronological(projections, 1) / scale, 0.0)
-        gamma, failed = torch.linalg.solve_ex(matrix, right)
-        gamma = gamma / scale
-        solved = (failed == 0)[..., None] & gamma.isfinite().all(dim=-1, keepdim=True)
-        return history.ring_order(torch.where(solved, gamma, 0.0))
+
+def _coefficients(gram: Tensor, projections: Tensor, usable: Tensor) -> Tensor:
+    """gamma, (B, U, m), from what `SecantPairs.measure` gives."""
+    scale = gram.diagonal(dim1=-2, dim2=-1).sqrt()
+    usable = usable & (scale > 0)
+    scale = torch.where(usable, scale, 1.0)
+    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    matrix = gram / scale[..., :, None] / scale[..., None, :] + rounding(gram.dtype) * identity
+    matrix = torch.where(usable[..., :, None] & usable[..., None, :], matrix, identity)
+    gamma, failed = torch.linalg.solve_ex(matrix, torch.where(usable, projections / scale, 0.0))
+    gamma = gamma / scale
+    solved = (failed == 0)[..., None] & gamma.isfinite().all(dim=-1, keepdim=True)
+    return torch.where(solved, gamma, 0.0)

@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from deq_lm._types import FixedPointMap, Scope
-from deq_lm.solvers.scope import hold
+from deq_lm.solvers.scope import hold, hold_
 
 
 @dataclass(frozen=True)
@@ -19,14 +19,17 @@ class SolverState:
     Attributes:
         point: z, (B, L, ...).
         image: f(z) of that very z (frozen units keep theirs).
-        residual: image - point, undamped.
         num_evaluations: evaluations of f so far, per call of f on the whole batch.
     """
 
     point: Tensor
     image: Tensor
-    residual: Tensor
     num_evaluations: int
+
+    @property
+    def residual(self) -> Tensor:
+        """image - point, undamped; computed, not kept."""
+        return self.image - self.point
 
 
 class FixedPointSolver(ABC):
@@ -42,8 +45,7 @@ class FixedPointSolver(ABC):
 
     def init(self, f: FixedPointMap, z0: Tensor) -> SolverState:
         """Evaluate f at the start."""
-        image = f(z0)
-        return SolverState(z0, image, image - z0, 1)
+        return SolverState(z0, f(z0), 1)
 
     @abstractmethod
     def step(self, f: FixedPointMap, state: SolverState, active: Tensor | None) -> SolverState:
@@ -51,13 +53,17 @@ class FixedPointSolver(ABC):
 
         Args:
             f: the map.
-            state: what `init` or the last `step` returned.
+            state: what `init` or the last `step` returned; its memory may be written to, its tensors not.
             active: (B, U) bool: the units to move; the others stay as they are. None moves all.
         """
 
 
 def evaluate(f: FixedPointMap, proposal: Tensor, state: SolverState, active: Tensor | None) -> SolverState:
     """Move the active units to `proposal` and evaluate f there: the end of every step that costs one evaluation."""
-    point = hold(active, proposal, state.point)
-    image = hold(active, f(point), state.image)
-    return SolverState(point, image, image - point, state.num_evaluations + 1)
+    proposal = hold(active, proposal, state.point)  # rebound, so that the argument is freed before f runs
+    image = f(proposal)
+    if image.requires_grad:  # recorded, so not to be written to
+        image = hold(active, image, state.image)
+    else:
+        hold_(active, image, state.image)
+    return SolverState(proposal, image, state.num_evaluations + 1)

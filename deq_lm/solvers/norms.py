@@ -1,4 +1,4 @@
-"""Residual norms per unit, and the only epsilon of the package: the rounding of the dtype at hand, always relative."""
+"""Norms of what a unit stands for, and the only epsilon of the package: the rounding of a dtype, always relative."""
 
 from __future__ import annotations
 
@@ -6,17 +6,13 @@ import torch
 from torch import Tensor
 
 from deq_lm._types import Scope
-from deq_lm.solvers.scope import split_units
+from deq_lm.solvers.scope import accumulate, split_units
 
 
 def unit_norm(z: Tensor, scope: Scope) -> Tensor:
-    """Euclidean norm of each unit's own entries, (B, U): of the sequence, or of each position."""
-    return torch.linalg.vector_norm(split_units(z, scope), dim=-1)
-
-
-def sequence_norm(unit_norms: Tensor) -> Tensor:
-    """Euclidean norm of whole sequences, (B,), from the norms of their units (B, U)."""
-    return torch.linalg.vector_norm(unit_norms, dim=1)
+    """Euclidean norm over what each unit may see, (B, U): of the sequence, or of each prefix (so it grows along U)."""
+    local = torch.linalg.vector_norm(split_units(z, scope), dim=-1)
+    return local if local.shape[1] == 1 else accumulate(local.square()).sqrt()
 
 
 def relative(norm: Tensor, scale: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from deq_lm.solvers.norms import relative, sequence_norm, unit_norm
+from deq_lm.solvers.norms import relative, unit_norm
 from deq_lm.solvers.stopping import Outcome
 
 
@@ -40,6 +40,7 @@ class Solution:
         num_steps: steps until the last unit of the sequence stopped, (B,) int32.
         num_evaluations: evaluations of f until then, (B,) int32.
         position_num_steps: steps until each position stopped, (B, L) int32; equal along L under the sequence scope.
+        used_fallback: whether some of its units went on with the fallback, (B,) bool.
         trace: residual norms step by step.
     """
 
@@ -50,12 +51,13 @@ class Solution:
     num_steps: Tensor
     num_evaluations: Tensor
     position_num_steps: Tensor
+    used_fallback: Tensor
     trace: ResidualTrace
 
     @property
     def relative_residual(self) -> Tensor:
         """||f(z) - z|| / ||f(z)|| of the returned state, (B,)."""
-        return relative(self.residual_norm, sequence_norm(unit_norm(self.image, "sequence")))
+        return relative(self.residual_norm, unit_norm(self.image, "sequence").squeeze(1))
 
     @property
     def converged(self) -> Tensor:

@@ -7,12 +7,17 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from deq_lm._types import FixedPointMap
+from deq_lm._types import FixedPointMap, Scope
 from deq_lm.solvers.base import FixedPointSolver, SolverState
-from deq_lm.solvers.norms import sequence_norm, unit_norm
+from deq_lm.solvers.map_contract import CheckedMap
+from deq_lm.solvers.norms import unit_norm
+from deq_lm.solvers.picard import Picard
 from deq_lm.solvers.scope import hold
 from deq_lm.solvers.solution import ResidualTrace, Solution
 from deq_lm.solvers.stopping import Outcome, StoppingRule
+
+FALLBACK = Picard(relaxation=0.5)
+"""Slow, and without coefficients that could break down."""
 
 
 def solve(
@@ -21,6 +26,7 @@ def solve(
     *,
     solver: FixedPointSolver,
     stopping: StoppingRule | None = None,
+    fallback: FixedPointSolver | None = FALLBACK,
     differentiable: bool = False,
 ) -> Solution:
     """Find z with f(z) = z.
@@ -30,11 +36,16 @@ def solve(
     best iterate under the sequence scope and its last one under the prefix scope (where the best could only be chosen
     position by position, and the pieces would not be one state); units that diverged go back to the best state they had.
 
+    Autocast applies to f, not to the solver. The host waits for the device once every `stopping.check_every` steps, and a
+    few times at the start and the end.
+
     Args:
-        f: the map, (B, L, ...) to the same shape.
+        f: the map, (B, L, ...) to the same shape; returns a new tensor from every call.
         z0: the start, (B, L, ...). Half precision is widened: state and inner products are float32 or wider.
         solver: how to step.
         stopping: when to stop; None is `StoppingRule()`.
+        fallback: what units go on with, from their best state and for the steps that are left, after coefficients led them
+            astray (DIVERGED, NON_FINITE); None leaves them there. Not used after a solver without coefficients.
         differentiable: record the steps for backpropagation (only for solvers that can be), and return the last iterate.
             Otherwise nothing is recorded.
 
@@ -42,7 +53,8 @@ def solve(
         A `Solution`. An outcome other than CONVERGED is a value in it, not an exception.
 
     Raises:
-        ValueError: if z0 has no position axis, is empty or not finite, or the solver cannot be differentiated through.
+        ValueError: if z0 has no position axis, is empty or not finite, the solver cannot be differentiated through, or f
+            breaks its contract (`CheckedMap`).
     """
     stopping = StoppingRule() if stopping is None else stopping
     if z0.dim() < 2 or z0.numel() == 0:
@@ -55,64 +67,88 @@ def solve(
     if not torch.isfinite(z0).all():
         raise ValueError("solve(z0): the start has NaN or infinite entries; start from zeros or a finite state.")
     z0 = z0.to(torch.promote_types(z0.dtype, torch.float32))
-    with torch.set_grad_enabled(differentiable):
-        return _iterate(f, z0, solver, stopping, keep_best=not differentiable)
+    device_type = z0.device.type
+    f = CheckedMap(f, device_type)
+    with torch.set_grad_enabled(differentiable), torch.autocast(device_type, enabled=False):
+        run = _Run(f, solver, stopping, z0)
+        run.iterate(solver, keep_best=not differentiable)
+        if not differentiable:
+            if fallback is not None and not solver.differentiable and run.failed().any():
+                run.fall_back(fallback)
+            worse = ~(run.progress.norm <= run.progress.best_norm)  # NaN is
+            unsolved = run.progress.outcome != Outcome.CONVERGED if solver.scope == "sequence" else run.failed()
+            run.return_to_best(unsolved & worse)
+        return run.solution()
 
 
-def _iterate(
-    f: FixedPointMap, z0: Tensor, solver: FixedPointSolver, stopping: StoppingRule, *, keep_best: bool
-) -> Solution:
-    state = solver.init(f, z0)
-    norm, image_norm = _norms(state, solver)
-    progress = stopping.begin(norm, image_norm, state.num_evaluations)
-    residual_trace, image_trace = [sequence_norm(norm)], [sequence_norm(image_norm)]
-    best_point, best_image = state.point, state.image
-    active = None  # unknown until asked, and then None means all
+class _Run:
+    """One solve under way."""
 
-    for step in range(stopping.max_steps):
-        asked = step % stopping.check_every == 0
-        if asked:  # one synchronization for all three questions
-            any_active, all_active = torch.stack([progress.active.any(), progress.active.all()]).tolist()
-            if not any_active:
-                break
-            active = None if all_active else progress.active
-        if stopping.check_every > 1:
-            active = progress.active
-        evaluations_before = state.num_evaluations
-        state = solver.step(f, state, active)
-        norm, image_norm = _norms(state, solver)
-        progress = stopping.advance(progress, norm, image_norm, state.num_evaluations - evaluations_before)
-        residual_trace.append(sequence_norm(norm))
-        image_trace.append(sequence_norm(image_norm))
-        if keep_best:
-            best_point = hold(progress.improved, state.point, best_point)
-            best_image = hold(progress.improved, state.image, best_image)
+    def __init__(self, f: FixedPointMap, solver: FixedPointSolver, stopping: StoppingRule, z0: Tensor) -> None:
+        self.f, self.stopping = f, stopping
+        self.scope: Scope = solver.scope
+        self.state: SolverState = solver.init(f, z0)
+        norm, image_norm = self._norms()
+        self.progress = stopping.begin(norm, image_norm, self.state.num_evaluations)
+        self.best_point = self.state.point
+        self.trace = [(norm[:, -1], image_norm[:, -1])]
+        self.used_fallback = torch.zeros_like(self.progress.active)
 
-    if keep_best and solver.scope == "sequence":
-        unsolved = progress.outcome != Outcome.CONVERGED
-        state = _at(hold(unsolved, best_point, state.point), hold(unsolved, best_image, state.image), state)
-    elif keep_best and (failed := progress.outcome >= Outcome.DIVERGED).any():
-        # The best states of different prefixes come from different steps: together they need their own image.
-        point = hold(failed, best_point, state.point)
-        state = _at(point, f(point), state)
-        progress = replace(progress, num_evaluations=progress.num_evaluations + failed.any(dim=1, keepdim=True).int())
-    norm, _ = _norms(state, solver)
-    return Solution(
-        z=state.point,
-        image=state.image,
-        outcome=progress.outcome.amax(dim=1),
-        residual_norm=sequence_norm(norm),
-        num_steps=progress.num_steps.amax(dim=1),
-        num_evaluations=progress.num_evaluations.amax(dim=1),
-        position_num_steps=progress.num_steps.expand(state.point.shape[:2]),
-        trace=ResidualTrace(torch.stack(residual_trace), torch.stack(image_trace)),
-    )
+    def iterate(self, solver: FixedPointSolver, *, keep_best: bool) -> None:
+        """Step until every unit has stopped."""
+        for step in range(self.stopping.max_steps):
+            active: Tensor | None = self.progress.active
+            if step % self.stopping.check_every == 0:  # one synchronization for both questions
+                any_active, all_active = torch.stack([active.any(), active.all()]).tolist()
+                if not any_active:
+                    return
+                if all_active and self.stopping.check_every == 1:
+                    active = None
+            evaluations_before = self.state.num_evaluations
+            self.state = solver.step(self.f, self.state, active)
+            norm, image_norm = self._norms()
+            self.trace.append((norm[:, -1], image_norm[:, -1]))
+            num_evaluations = self.state.num_evaluations - evaluations_before
+            self.progress = self.stopping.advance(self.progress, norm, image_norm, num_evaluations)
+            if keep_best:
+                self.best_point = hold(self.progress.improved, self.state.point, self.best_point)
 
+    def failed(self) -> Tensor:
+        """Units that diverged or met something not finite, (B, U) bool."""
+        return self.progress.outcome >= Outcome.DIVERGED
 
-def _norms(state: SolverState, solver: FixedPointSolver) -> tuple[Tensor, Tensor]:
-    """||f(z) - z|| and ||f(z)|| of each unit, (B, U); statistics, so never recorded."""
-    return unit_norm(state.residual.detach(), solver.scope), unit_norm(state.image.detach(), solver.scope)
+    def return_to_best(self, units: Tensor) -> None:
+        """Put units back to their best points and evaluate f there, which together they need, once more."""
+        if units.any():
+            point = hold(units, self.best_point, self.state.point)
+            self.state = SolverState(point, self.f(point), self.state.num_evaluations + 1)
+            extra = units.any(dim=1, keepdim=True).int()
+            self.progress = replace(self.progress, num_evaluations=self.progress.num_evaluations + extra)
 
+    def fall_back(self, solver: FixedPointSolver) -> None:
+        """Go on from the best points of failed units with another solver, for the steps that are left."""
+        units = self.failed() & self.progress.best_norm.isfinite()
+        self.return_to_best(units)
+        self.used_fallback = units
+        self.progress = self.stopping.reopen(self.progress, units)
+        self.iterate(solver, keep_best=True)
 
-def _at(point: Tensor, image: Tensor, state: SolverState) -> SolverState:
-    return SolverState(point, image, image - point, state.num_evaluations)
+    def solution(self) -> Solution:
+        norm, _ = self._norms()
+        progress = self.progress
+        return Solution(
+            z=self.state.point,
+            image=self.state.image,
+            outcome=progress.outcome.amax(dim=1),
+            residual_norm=norm[:, -1],
+            num_steps=progress.num_steps.amax(dim=1),
+            num_evaluations=progress.num_evaluations.amax(dim=1),
+            position_num_steps=progress.num_steps.expand(self.state.point.shape[:2]),
+            used_fallback=self.used_fallback.any(dim=1),
+            trace=ResidualTrace(*map(torch.stack, zip(*self.trace, strict=True))),
+        )
+
+    def _norms(self) -> tuple[Tensor, Tensor]:
+        """||f(z) - z|| and ||f(z)|| of each unit, (B, U); statistics, so never recorded."""
+        with torch.no_grad():
+            return unit_norm(self.state.residual, self.scope), unit_norm(self.state.image, self.scope)

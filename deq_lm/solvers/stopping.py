@@ -1,9 +1,10 @@
 """When a solve stops, and why it stopped: one rule for all solvers, applied to each unit of the scope on its own.
 
-A unit is a sequence, or under the prefix scope a prefix: position t converges at the first step at which *every* position
-<= t satisfies ||f(z) - z|| <= atol + rtol ||f(z)||. When and why t stops is thus a function of tokens <= t. A unit that
-has stopped is frozen; it may stop only together with or after all units before it, so that the image of a frozen unit
-stays the image of what is returned. (A unit that diverges is frozen at once; `solve` repairs its image.)
+A unit is a sequence, or under the prefix scope the prefix that ends at position t, and norms are over all of it: it has
+converged at the first step at which ||f(z) - z|| <= atol + rtol ||f(z)|| holds for it and every shorter prefix. When and
+why position t stops is thus a function of tokens <= t, and every prefix is solved as well as it would be if the text ended
+there. A unit that has stopped is frozen; it may stop only together with or after all units before it, so that the image of
+a frozen unit stays the image of what is returned. (A unit that diverges is frozen at once; `solve` repairs its image.)
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ class Progress:
         outcome: int8 code of `Outcome`; MAX_STEPS while active.
         num_steps: steps taken while active.
         num_evaluations: evaluations of f while active.
-        best_norm: smallest finite residual norm so far (inf if none was); the norm of a prefix is the largest among its
-            positions.
+        best_norm: smallest finite residual norm so far, inf if none was.
+        norm: residual norm of the last state.
         improved: whether the last state is the best so far.
         mark_norm: residual norm at the last marked improvement.
         steps_since_mark: steps since then.
@@ -46,6 +47,7 @@ class Progress:
     outcome: Tensor
     num_steps: Tensor
     num_evaluations: Tensor
+    norm: Tensor
     best_norm: Tensor
     improved: Tensor
     mark_norm: Tensor
@@ -106,7 +108,6 @@ class StoppingRule:
 
     def begin(self, norm: Tensor, image_norm: Tensor, num_evaluations: int) -> Progress:
         """Judge the start. `norm` and `image_norm` are ||f(z) - z|| and ||f(z)|| of each unit, (B, U)."""
-        running = norm.cummax(dim=1).values
         factor = float("inf") if self.divergence_factor is None else self.divergence_factor
         counts = torch.zeros_like(norm, dtype=torch.int32)
         start = Progress(
@@ -114,11 +115,12 @@ class StoppingRule:
             outcome=torch.full_like(norm, Outcome.MAX_STEPS, dtype=torch.int8),
             num_steps=counts,
             num_evaluations=counts + num_evaluations,
+            norm=norm,
             best_norm=torch.full_like(norm, float("inf")),
             improved=torch.ones_like(norm, dtype=torch.bool),
             mark_norm=torch.full_like(norm, float("inf")),
             steps_since_mark=counts,
-            limit=factor * (running + image_norm.cummax(dim=1).values),
+            limit=factor * (norm + image_norm),
         )
         return self._judge(start, norm, image_norm)
 
@@ -133,13 +135,28 @@ class StoppingRule:
         )
         return self._judge(stepped, norm, image_norm)
 
+    def reopen(self, progress: Progress, units: Tensor) -> Progress:
+        """Let units that have stopped, (B, U) bool, go on from their best states for the steps they have left.
+
+        In a sequence all of them have as many as the one that took most.
+        """
+        taken = torch.where(units, progress.num_steps, 0).amax(dim=1, keepdim=True)
+        num_steps = torch.where(units, taken, progress.num_steps)
+        return replace(
+            progress,
+            active=units & (num_steps < self.max_steps),
+            outcome=torch.where(units, int(Outcome.MAX_STEPS), progress.outcome).to(torch.int8),
+            num_steps=num_steps,
+            mark_norm=torch.where(units, progress.best_norm, progress.mark_norm),
+            steps_since_mark=torch.where(units, 0, progress.steps_since_mark),
+        )
+
     def _judge(self, progress: Progress, norm: Tensor, image_norm: Tensor) -> Progress:
         active = progress.active
+        # A unit that is not finite makes every longer prefix so: norms are sums over all of it.
         finite = torch.isfinite(norm)
-        # A failed unit makes every longer prefix fail with it: inf is the largest norm there is.
-        running = torch.where(finite, norm, float("inf")).cummax(dim=1).values
-        improved = active & (running < progress.best_norm)
-        marked = active & (running < 0.99 * progress.mark_norm)
+        improved = active & (norm < progress.best_norm)  # never, if NaN
+        marked = active & (norm < 0.99 * progress.mark_norm)
         since_mark = torch.where(marked, 0, progress.steps_since_mark)
 
         solved = _all_up_to(finite & (norm <= self.atol + self.rtol * image_norm))
@@ -147,20 +164,21 @@ class StoppingRule:
         if self.patience is not None:
             outcome = torch.where(since_mark >= self.patience, int(Outcome.STALLED), outcome)
         outcome = torch.where(solved, int(Outcome.CONVERGED), outcome)
-        too_large = (running > progress.limit) | (image_norm > progress.limit)
+        too_large = (norm > progress.limit) | (image_norm > progress.limit)
         outcome = torch.where(too_large, int(Outcome.DIVERGED), outcome)
-        outcome = torch.where(torch.isinf(running), int(Outcome.NON_FINITE), outcome).to(torch.int8)
+        outcome = torch.where(~finite, int(Outcome.NON_FINITE), outcome).to(torch.int8)
 
         failed = outcome >= Outcome.DIVERGED
-        stopping = ~active | (outcome != Outcome.MAX_STEPS)
+        stopping = ~active | (outcome != Outcome.MAX_STEPS) | (progress.num_steps >= self.max_steps)
         stops = active & (failed | _all_up_to(stopping))
         return replace(
             progress,
             active=active & ~stops,
             outcome=torch.where(stops, outcome, progress.outcome),
-            best_norm=torch.where(improved, running, progress.best_norm),
+            norm=norm,
+            best_norm=torch.where(improved, norm, progress.best_norm),
             improved=improved,
-            mark_norm=torch.where(marked, running, progress.mark_norm),
+            mark_norm=torch.where(marked, norm, progress.mark_norm),
             steps_since_mark=since_mark,
         )
 

@@ -176,6 +176,25 @@ def test_the_implicit_pass_saves_the_same_bytes_whatever_the_number_of_evaluatio
     assert sizes[0] == sizes[1] > 0
 
 
+def test_a_map_that_ignores_z_has_the_gradient_of_a_plain_layer(cotangent: Tensor):
+    f = make()
+    constant = AffineThen(torch.tanh, f.matrix * 0.0, f.x)
+
+    @dataclass(frozen=True)
+    class IgnoresZ(AffineThen):
+        def with_inputs(self, inputs: Sequence[Tensor]) -> AffineThen:
+            return IgnoresZ(self.activation, *inputs)
+
+        def __call__(self, z: Tensor) -> Tensor:
+            return self.activation(self.x)
+
+    ignoring = IgnoresZ(torch.tanh, f.matrix, f.x)
+    output, _ = Implicit(stopping=TIGHT).apply(ignoring, torch.zeros_like(f.x), EXACT)
+    (found,) = torch.autograd.grad(output, f.x, cotangent)
+    (wanted,) = torch.autograd.grad(constant(torch.zeros_like(f.x)), f.x, cotangent)
+    torch.testing.assert_close(found, wanted)
+
+
 def test_unrolling_a_solver_with_coefficients_is_refused():
     f = make()
     with pytest.raises(ValueError, match="Use Picard"):

@@ -150,7 +150,13 @@ def test_a_checkpoint_round_trip_keeps_every_logit_and_the_tie(ids: Tensor, tmp_
 def test_config_json_holds_every_value_in_force(tmp_path):
     make(solver={"name": "anderson"}).config.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
-    assert saved["solver"] == {"name": "anderson", "history_size": 6, "relaxation": 1.0, "scope": "prefix"}
+    assert saved["solver"] == {
+        "name": "anderson",
+        "history_size": 6,
+        "relaxation": 1.0,
+        "scope": "prefix",
+        "restart_growth": 1.0,
+    }
     assert saved["adjoint"]["solver"]["name"] == "broyden"
     assert DEQLMConfig.from_pretrained(tmp_path).solver == saved["solver"]
 

@@ -1,11 +1,14 @@
 """What is particular to Broyden's methods: secant equation, termination, restarts, memory."""
 
+import itertools
+
 import pytest
 import torch
 from problems import linear, linear_map
 
-from deq_lm.solvers import Broyden, StoppingRule, solve
-from deq_lm.solvers.broyden import BroydenState
+from deq_lm.evaluation.peak_memory import peak_live_bytes
+from deq_lm.solvers import Anderson, Broyden, Outcome, StoppingRule, solve
+from deq_lm.solvers.broyden import FirstState, SecondState, _second_weights
 from deq_lm.solvers.secant_history import SecantHistory
 
 
@@ -21,72 +24,123 @@ def test_first_method_solves_a_linear_problem_of_dimension_n_within_2n_plus_1_ev
     assert (solution.num_evaluations <= 2 * dimension + 1).all()
 
 
-@pytest.mark.parametrize("scope", ["prefix", "sequence"])
 @pytest.mark.parametrize("history_size", [1, 2, 5])
-def test_newest_secant_equation_holds_exactly_whatever_was_evicted(scope, history_size: int):
+def test_second_method_satisfies_the_newest_secant_equation_whatever_was_evicted(history_size: int):
     problem = linear("linear", 0.9)
-    solver = Broyden(scope=scope, history_size=history_size, restart_growth=float("inf"))
+    solver = Broyden(history_size=history_size, restart_growth=float("inf"))
     state = solver.init(problem.f, problem.z0)
+    changes: list[torch.Tensor] = []
     for _ in range(8):
-        previous, state = state, solver.step(problem.f, state, None)
-    # With H Delta_residual = Delta_z, a step from the newest residual difference undoes it: gamma is 1 for the newest pair.
-    change = (state.residual - previous.residual).reshape(*state.lowest.shape, -1)
-    assert isinstance(state, BroydenState)
-    if scope == "prefix":
-        (projections,) = state.history.products(1, change)
-        gamma = solver._second(state.history, state.products, projections)
-    else:
-        (projections,) = state.history.products(1, change)
-        gamma = solver._first(state.history, state.products, projections)
+        before, state = state, solver.step(problem.f, state, None)
+        changes.append(state.residual - before.residual)
+    assert isinstance(state, SecondState)
+    gram, _, usable = state.pairs.measure(state.residual, None)
+    rows = torch.stack(changes[-history_size:], dim=-1)  # (B, U, N, m)
+    torch.testing.assert_close(gram, (rows.mT @ rows).cumsum(1), rtol=1e-9, atol=1e-12)
+    # A step from the newest difference of residuals undoes it: gamma is 1 for the newest pair.
+    gamma = _second_weights(gram, gram[..., -1], usable)
     expected = torch.zeros_like(gamma)
-    expected[..., state.history.newest] = 1.0
+    expected[..., -1] = 1.0
     torch.testing.assert_close(gamma, expected, rtol=0, atol=1e-9)
 
 
-def test_the_ring_keeps_the_newest_pairs_in_order():
-    history = SecantHistory(torch.zeros(1, 1, 2), capacity=3)
+@pytest.mark.parametrize("num_steps", [2, 4, 8, 11])
+def test_first_method_satisfies_the_newest_secant_equation(num_steps: int):
+    """H (change of the residual) = step, for the H written out as the product of its factors."""
+    problem = linear("linear", 0.9)
+    solver = Broyden(scope="sequence", history_size=6)
+    state = before = solver.init(problem.f, problem.z0)
+    for _ in range(num_steps):
+        before, state = state, solver.step(problem.f, state, None)
+    newest = state.point - before.point
+    assert isinstance(state, FirstState)
+    solver._first_step(state)  # the step that makes the newest factor
+    steps = state.steps.rings[0][: len(state.steps), 0, 0]
+    steps = steps.roll(-(state.steps.newest + 1), 0) if state.steps.is_full else steps
+    inverse = -torch.eye(steps.shape[-1], dtype=steps.dtype)
+    for step, following in itertools.pairwise(steps):
+        inverse = inverse + torch.outer(following, step @ inverse) / step.square().sum()
+    change = (state.residual - before.residual)[0].flatten()
+    torch.testing.assert_close(inverse @ change, newest[0].flatten(), rtol=1e-6, atol=1e-9)
+
+
+def test_the_rings_keep_the_newest_rows_in_order():
+    history = SecantHistory(torch.zeros(1, 1, 2), capacity=3, num_rings=2)
     for number in range(1, 6):
-        history.append(torch.full((1, 1, 2), float(number)), torch.full((1, 1, 2), 10.0 * number))
+        first, second = history.advance()
+        first.fill_(number)
+        second.fill_(10 * number)
     assert len(history) == 3
-    assert history.chronological(history.rows[0][..., 0], 1).tolist() == [[[3.0, 4.0, 5.0]]]
-    order = torch.tensor([[[1.0, 2.0, 3.0]]])
-    assert torch.equal(history.chronological(history.ring_order(order), 1), order)
+    assert history.is_full
+    assert history.oldest_first(history.rings[0][:, 0, 0, 0]).tolist() == [3.0, 4.0, 5.0]
+    order = torch.tensor([1.0, 2.0, 3.0])
+    assert torch.equal(history.oldest_first(history.slots(order)), order)
+    assert history.products(1, torch.ones(1, 1, 2)).sort().values.tolist() == [[[60.0, 80.0, 100.0]]]
+    history.clear()
+    assert len(history) == 0
 
 
-def test_limited_memory_never_blows_up_on_a_map_it_cannot_solve():
+@pytest.mark.parametrize("scope", ["prefix", "sequence"])
+def test_limited_memory_never_blows_up_on_a_map_it_cannot_solve(scope):
     problem = linear("hard", 1.5, length=6, width=6)
-    for scope in ("prefix", "sequence"):
-        solver = Broyden(scope=scope, history_size=3)
-        rule = StoppingRule(max_steps=300, rtol=1e-12, patience=None, divergence_factor=None)
-        assert solve(problem.f, problem.z0, solver=solver, stopping=rule).z.isfinite().all()
+    solver = Broyden(scope=scope, history_size=3)
+    rule = StoppingRule(max_steps=300, rtol=1e-12, patience=None)
+    solution = solve(problem.f, problem.z0, solver=solver, stopping=rule)
+    assert solution.z.isfinite().all()
+    assert (solution.residual_norm <= solution.trace.residual_norm[0]).all()
+    if scope == "prefix":
+        assert (solution.outcome <= Outcome.MAX_STEPS).all()
+        assert not solution.used_fallback.any()
+    else:  # it does diverge, and says so after trying the fallback
+        assert (solution.outcome == Outcome.DIVERGED).all()
+        assert solution.used_fallback.all()
 
 
 def test_a_prefix_whose_residual_grows_forgets_its_pairs_and_the_others_keep_theirs():
-    solver = Broyden(history_size=8, restart_growth=1.1)
-    x = torch.ones(1, 2, 3, dtype=torch.float64)
+    solver = Broyden(history_size=8)
+    x = torch.linspace(0.2, 2, 24, dtype=torch.float64).view(1, 2, 12)
     calls = 0
 
     def f(z: torch.Tensor) -> torch.Tensor:
         nonlocal calls
         calls += 1
-        image = 0.5 * z + x
-        if calls == 8:
+        image = (0.5 * z).tanh() + x
+        if calls == 5:
             image[:, 1] += 100.0  # the second position's residual jumps once
-        return image + 0.01 * z.sin()
+        return image
 
     state = solver.init(f, 0 * x)
-    for _ in range(7):
+    for _ in range(4):
         state = solver.step(f, state, None)
-    assert isinstance(state, BroydenState)
-    assert state.history.usable[0, 0].all()
-    assert not state.history.usable[0, 1].any()
+    new = solver.step(f, state, None)
+    assert torch.equal(new.point[:, 1], state.image[:, 1])  # a Picard step
+    assert not torch.equal(new.point[:, 0], state.image[:, 0])
+    *_, usable = new.pairs.measure(new.residual, None)
+    assert usable[0].tolist() == [[True] * 5, [False] * 4 + [True]]
 
 
-def test_memory_does_not_depend_on_the_step_budget():
-    problem = linear("linear", 0.9)
-    solver = Broyden(history_size=4)
-    state = solver.init(problem.f, problem.z0)
-    for _ in range(20):
-        state = solver.step(problem.f, state, None)
-    assert isinstance(state, BroydenState)
-    assert sum(ring.numel() for ring in state.history.rows) == 2 * 4 * problem.z0.numel()
+@pytest.mark.parametrize(
+    ("solver", "states"),
+    [
+        (Broyden(history_size=12, scope="sequence"), 12 + 6),
+        (Broyden(history_size=12), 2 * 12 + 6),
+        (Anderson(history_size=12), 2 * 12 + 6),
+        (Anderson(history_size=12, scope="sequence"), 2 * 12 + 6),
+    ],
+    ids=repr,
+)
+def test_memory_is_the_history_and_six_states_whatever_the_step_budget(solver, states: int):
+    """All tensors of a solve that are alive at once; some units are frozen half-way, and the best states differ."""
+    x = torch.randn(4, 32, 256, generator=torch.Generator().manual_seed(0))
+    factors = torch.linspace(-1.05, 0.99, 256)
+
+    def f(z: torch.Tensor) -> torch.Tensor:
+        return torch.addcmul(x, z, factors)
+
+    def peak(num_steps: int) -> float:
+        rule = StoppingRule(max_steps=num_steps, rtol=3e-2, patience=None)
+        return peak_live_bytes(lambda: solve(f, torch.zeros_like(x), solver=solver, stopping=rule)) / x.nbytes
+
+    assert peak(30) == peak(300)
+    small_matrices = 0.3 if solver.scope == "sequence" else 1.0
+    assert states - 2 < peak(30) <= states + small_matrices

@@ -1,0 +1,48 @@
+"""What f must do, checked at every evaluation: keep the shape, and leave older tensors alone."""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+from torch import Tensor
+
+from deq_lm._types import FixedPointMap
+
+
+class CheckedMap:
+    """f as solvers see it: images in the state's dtype, evaluated under the autocast state of the moment it was wrapped.
+
+    Solvers run with autocast off, since their inner products must not be rounded to half precision.
+
+    Raises:
+        ValueError: if f changes the shape, or writes into its argument or into what it returned before (an output buffer
+            used twice makes every residual zero).
+    """
+
+    def __init__(self, f: FixedPointMap, device_type: str) -> None:
+        self._f = f
+        self._autocast = {
+            "device_type": device_type,
+            "enabled": torch.is_autocast_enabled(device_type),
+            "dtype": torch.get_autocast_dtype(device_type),
+        }
+        self._last: weakref.ref[Tensor] | None = None
+
+    def __call__(self, z: Tensor) -> Tensor:
+        last = None if self._last is None else self._last()
+        watched = [tensor for tensor in (z, last) if tensor is not None and not tensor.is_inference()]
+        versions = [tensor._version for tensor in watched]
+        with torch.autocast(**self._autocast):
+            image = self._f(z)
+        if image.shape != z.shape:
+            raise ValueError(
+                f"f maps a state of shape {tuple(z.shape)} to {tuple(image.shape)}; a fixed point needs the same shape."
+            )
+        if versions != [tensor._version for tensor in watched]:
+            raise ValueError(
+                "f writes into its argument or into a tensor it returned before; return a new tensor from every call."
+            )
+        image = image.to(z.dtype)
+        self._last = weakref.ref(image)
+        return image

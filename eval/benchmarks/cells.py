@@ -1,0 +1,70 @@
+"""The maps that solvers are timed on: a trained cell, the same with random weights, and a cheap contraction."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from deq_lm.cells.base import BoundCell
+from deq_lm.cells.transformer_xl import TransformerXLCell
+from deq_lm.data.encoding import prepare
+from deq_lm.errors import CheckpointError
+from deq_lm.evaluation.loading import load_model, model_folder
+from deq_lm.modeling import DEQLMForCausalLM
+from deq_lm.training.recipe import load_recipe
+
+BATCH, LENGTH = 8, 128
+"""Sequences and positions of every benchmark that does not say otherwise."""
+
+
+def load_benchmark_model(run: Path, device: torch.device) -> DEQLMForCausalLM:
+    """The model of a finished run; exits with what to do if there is none."""
+    try:
+        model, _ = load_model(model_folder(run))
+    except CheckpointError as error:
+        sys.exit(
+            f"{error}\nThe benchmarks run on a trained cell: scripts/train_lm.py recipes/benchmark_cell.yaml makes it."
+        )
+    return model.to(device)  # pyright: ignore[reportArgumentType]  (the library's signature)
+
+
+def token_ids(run: Path, device: torch.device) -> Tensor:
+    """The first tokens of the test split of the run's corpus, cut into streams: (BATCH, LENGTH) int64."""
+    tokens = prepare(load_recipe(run / "recipe.yaml").data).splits["test"].tokens
+    return torch.as_tensor(tokens[: BATCH * LENGTH].astype("int64"), device=device).view(BATCH, LENGTH)
+
+
+def embed(model: DEQLMForCausalLM, input_ids: Tensor) -> Tensor:
+    """The cell's input for token ids, (B, L, D)."""
+    return (model.model.embed_tokens(input_ids) * model.config.d_model**0.5).detach()
+
+
+def trained_cell(model: DEQLMForCausalLM, input_ids: Tensor) -> BoundCell:
+    with torch.no_grad():
+        return model.model.equilibrium.cell.bind(embed(model, input_ids))
+
+
+def random_cell(model: DEQLMForCausalLM, input_ids: Tensor, *, seed: int = 0) -> BoundCell:
+    """The trained cell's shape with fresh weights, bound to the same input."""
+    torch.manual_seed(seed)
+    trained = model.model.equilibrium.cell
+    assert isinstance(trained, TransformerXLCell)
+    with torch.no_grad():
+        return TransformerXLCell(trained.config).to(input_ids.device).eval().bind(embed(model, input_ids))
+
+
+class Contraction:
+    """f(z) = tanh(z W + x), ||W|| = norm: an evaluation that costs one matrix product."""
+
+    def __init__(self, x: Tensor, *, norm: float = 0.9, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        width = x.shape[-1]
+        weight = torch.randn(width, width, generator=generator)
+        self.weight = (norm * weight / torch.linalg.matrix_norm(weight, 2)).to(x)
+        self.x = x
+
+    def __call__(self, z: Tensor) -> Tensor:
+        return torch.tanh(z @ self.weight + self.x)

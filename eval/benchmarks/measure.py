@@ -1,0 +1,82 @@
+"""What the benchmarks share: a clock for the device at hand, interleaved medians, Markdown tables, result files."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deq_lm.evaluation.results import environment
+
+
+def seconds_of(run: Callable[[], Any], device: torch.device) -> float:
+    """Time of one call: CUDA events on a GPU, processor time of all threads of this process on a CPU.
+
+    Processor time leaves out what other processes take; with one thread it is the time on an idle machine.
+    """
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1e3
+    begin = time.process_time()
+    run()
+    return time.process_time() - begin
+
+
+def interleaved_medians(
+    runs: Mapping[str, Callable[[], Any]], *, rounds: int, device: torch.device
+) -> dict[str, float]:
+    """Median seconds of each run over `rounds` rounds, every round calling each once, after one that is not counted."""
+    for run in runs.values():
+        run()
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            samples[name].append(seconds_of(run, device))
+    return {name: statistics.median(times) for name, times in samples.items()}
+
+
+def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows of one set of keys as a Markdown table; floats with three digits."""
+    if not rows:
+        return "(nothing)"
+    header = list(rows[0])
+
+    def show(value: Any) -> str:
+        if value is None:
+            return "-"
+        return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+    lines = [header, ["---"] * len(header), *([show(row[key]) for key in header] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write `content` with date, versions and machine."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    record = {"created": datetime.now(UTC).isoformat(timespec="seconds"), "environment": environment(), **content}
+    path.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    print(f"\nwritten: {path}")
+
+
+def benchmark_parser(doc: str | None, default_output: str) -> argparse.ArgumentParser:
+    """The options every benchmark has."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--model", type=Path, default=Path("runs/benchmark_cell"), help="run whose cell is the trained one"
+    )
+    parser.add_argument("--output", type=Path, default=Path(default_output), help=f"default: {default_output}")
+    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds behind each median; default: 5")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads; default: 1")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser
