@@ -34,26 +34,32 @@ class Autocast:
 
 @dataclass(frozen=True)
 class BoundCell:
-    """f with all but z fixed: weights, injection, memory, one dropout mask, the autocast state.
+    """f with all but z fixed: weights, injection, memory, padding, one dropout mask, the autocast state.
 
     Calling it is one evaluation. `tensors` are all that f reads besides z; those that require a gradient are `inputs`,
     which an implicit adjoint needs by name because an `autograd.Function` cannot see into a closure.
+
+    At padding f is 0: z = 0 is the solution there, found before the first step, so that padding adds nothing to an inner
+    product over positions and never keeps a solve going.
 
     Attributes:
         evaluate: (z, tensors) -> f(z), both (B, L, D); pure.
         tensors: what f reads, by name.
         dtype: what f computes in. A solver's state is wider where this is half precision, and is converted at the door.
         autocast: the mixed-precision state at `bind`; every evaluation runs under it, the backward pass included.
+        key_mask: (B, L) bool, False at padding; None if there is none.
     """
 
     evaluate: Callable[[Tensor, Mapping[str, Tensor]], Tensor]
     tensors: Mapping[str, Tensor]
     dtype: torch.dtype
     autocast: Autocast
+    key_mask: Tensor | None = None
 
     def __call__(self, z: Tensor) -> Tensor:
         with self.autocast.enter():
-            return self.evaluate(z.to(self.dtype), self.tensors).to(z.dtype)
+            image = self.evaluate(z.to(self.dtype), self.tensors).to(z.dtype)
+        return image if self.key_mask is None else image.masked_fill(~self.key_mask[..., None], 0.0)
 
     @property
     def inputs(self) -> tuple[Tensor, ...]:
@@ -77,8 +83,10 @@ class Cell(nn.Module):
 
         Args:
             x: the injected input (embedded tokens), (B, L, D).
-            memory: equilibria and inputs of earlier positions, or None at the start of a stream.
-            key_mask: (B, L) bool, False where a position is padding and must not be attended to.
+            memory: equilibria and inputs of earlier positions, or None at the start of a stream. Where `memory.mask` is
+                False a position is padding and must not be attended to.
+            key_mask: (B, L) bool, False where a position is padding and must not be attended to; to be handed on to the
+                `BoundCell`.
         """
 
     @abstractmethod

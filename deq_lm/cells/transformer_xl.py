@@ -128,7 +128,7 @@ class TransformerXLCell(Cell):
             "qkv": qkv,
             "injection": F.linear(x, inject),  # (B, L, 3 D)
             "distances": self._heads(distances).transpose(-2, -1).contiguous(),  # (H, E, K + 1)
-            "mask": autocast.convert(_attention_mask(length, num_keys, x, key_mask)),
+            "mask": autocast.convert(_attention_mask(x, memory, key_mask)),
             "content_bias": autocast.convert(self._heads(self.content_bias)[:, None, None]),  # (H, 1, 1, E)
             "distance_bias": autocast.convert(self._heads(self.distance_bias)[:, None, None]),  # (H, 1, 1, E)
             "merge": autocast.convert(self.merge.weight),
@@ -150,7 +150,7 @@ class TransformerXLCell(Cell):
         if self.training and self.config.dropout > 0:
             tensors["attention_dropout"] = variational_mask(x, self.config.dropout)
             tensors["output_dropout"] = variational_mask(x, self.config.dropout)
-        return BoundCell(self.evaluate, tensors, x.dtype, autocast)
+        return BoundCell(self.evaluate, tensors, x.dtype, autocast, key_mask)
 
     def evaluate(self, z: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         """f(z), (B, L, D), reading nothing but `tensors`."""
@@ -178,11 +178,15 @@ class TransformerXLCell(Cell):
                 f"memory of shape {tuple(memory.z.shape)} with x of shape {tuple(x.shape)}: expected the same batch and "
                 "width. Start with memory=None when the streams change."
             )
-        if key_mask is not None and key_mask.shape != (batch, length):
-            raise ValueError(
-                f"key_mask of shape {tuple(key_mask.shape)}: expected {(batch, length)}, one value a position of x; "
-                "positions in memory are never masked."
-            )
+        for name, mask, positions in (
+            ("key_mask", key_mask, length),
+            ("memory.mask", memory and memory.mask, 0 if memory is None else memory.length),
+        ):
+            if mask is not None and (mask.shape != (batch, positions) or mask.dtype != torch.bool):
+                raise ValueError(
+                    f"{name} of shape {tuple(mask.shape)}, {mask.dtype}: expected {(batch, positions)}, bool, one value a "
+                    "position, False at padding. A key_mask is for x alone; memory brings its own mask."
+                )
 
     def _attention(self, z: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         projected = F.linear(z, tensors["qkv"]) + tensors["injection"]
@@ -214,12 +218,16 @@ def _drop(x: Tensor, tensors: Mapping[str, Tensor], name: str) -> Tensor:
     return x * tensors[name] if name in tensors else x
 
 
-def _attention_mask(length: int, num_keys: int, x: Tensor, key_mask: Tensor | None) -> Tensor:
+def _attention_mask(x: Tensor, memory: Memory | None, key_mask: Tensor | None) -> Tensor:
     """0 where a query may look and -inf elsewhere, (L, K) or (B, L, K); every query sees itself, so no row is empty."""
-    offset = num_keys - length
-    visible = torch.ones(length, num_keys, dtype=torch.bool, device=x.device).tril(offset)
-    if key_mask is not None:
-        itself = torch.zeros_like(visible).diagonal_scatter(visible.new_ones(length), offset)
-        present = F.pad(key_mask.bool(), (offset, 0), value=True)
-        visible = (visible & present[:, None, :]) | itself
+    (batch, length), past = x.shape[:2], 0 if memory is None else memory.length
+    visible = torch.ones(length, past + length, dtype=torch.bool, device=x.device).tril(past)
+    past_mask = None if memory is None else memory.mask
+    if key_mask is not None or past_mask is not None:
+        itself = torch.zeros_like(visible).diagonal_scatter(visible.new_ones(length), past)
+        present = [  # (B, M) and (B, L)
+            x.new_ones(batch, num, dtype=torch.bool) if mask is None else mask
+            for mask, num in ((past_mask, past), (key_mask, length))
+        ]
+        visible = (visible & torch.cat(present, dim=1)[:, None, :]) | itself
     return torch.zeros(visible.shape, dtype=x.dtype, device=x.device).masked_fill(~visible, -math.inf)

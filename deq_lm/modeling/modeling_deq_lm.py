@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -104,10 +104,11 @@ class DEQLMModel(DEQLMPreTrainedModel):
         num_unrolled_steps: int | None = None,
         estimate_jacobian: bool = False,
     ) -> EquilibriumOutput:
-        """Arguments as `DEQLMForCausalLM.forward`."""
+        """Arguments and errors as `DEQLMForCausalLM.forward`."""
+        _check_shapes(input_ids, attention_mask, memory)
         x = self.embed_tokens(input_ids) * self.config.d_model**0.5  # (B, L, D)
         key_mask = None if attention_mask is None else attention_mask.bool()
-        return self.equilibrium(
+        output = self.equilibrium(
             x,
             memory,
             key_mask=key_mask,
@@ -115,6 +116,9 @@ class DEQLMModel(DEQLMPreTrainedModel):
             num_unrolled_steps=num_unrolled_steps,
             estimate_jacobian=estimate_jacobian,
         )
+        if key_mask is not None and output.memory is not None:
+            output = replace(output, memory=output.memory.mark_padding(key_mask))
+        return output
 
 
 class DEQLMForCausalLM(DEQLMPreTrainedModel, GenerationMixin):
@@ -152,7 +156,8 @@ class DEQLMForCausalLM(DEQLMPreTrainedModel, GenerationMixin):
 
         Args:
             input_ids: (B, L) int64.
-            attention_mask: (B, L), 0 at padding, which is not attended to. Left padding changes nothing for the rest.
+            attention_mask: (B, L), 0 at padding, which is not attended to, here or from the next segment, and whose hidden
+                state is 0. Left padding changes nothing for the rest. It says nothing of memory, which brings its own.
             labels: (B, L), the library's convention: the same ids, shifted inside, so the last position is not scored.
             targets: (B, L), the token after each position; -100 is not scored. Use either this or `labels`.
             memory: `DEQLMOutput.memory` of the segment before in the same streams.
@@ -168,11 +173,22 @@ class DEQLMForCausalLM(DEQLMPreTrainedModel, GenerationMixin):
         """
         harmless = ("position_ids", "return_dict")  # positions are relative, and the output is always an object
         refused = [name for name, value in unsupported.items() if value not in (None, False) and name not in harmless]
+        if {"use_cache", "past_key_values"} & set(refused):
+            raise ValueError(
+                "DEQLMForCausalLM has no cache of keys and values: every new token solves the whole text again. Give "
+                "generate use_cache=False, or leave it out."
+            )
         if refused:
             raise ValueError(
                 f"DEQLMForCausalLM got {', '.join(refused)}, which it does not support; it takes input_ids, "
                 "attention_mask, labels or targets, memory, stopping, num_unrolled_steps, return_logits."
             )
+        for name, given in (("labels", labels), ("targets", targets)):
+            if given is not None and given.shape != input_ids.shape:
+                raise ValueError(
+                    f"{name} of shape {tuple(given.shape)} with input_ids of shape {tuple(input_ids.shape)}: expected the "
+                    "same shape; a position that is not scored has -100."
+                )
         if labels is not None:
             if targets is not None:
                 raise ValueError("Give labels (shifted inside) or targets (shifted already), not both.")
@@ -197,3 +213,19 @@ class DEQLMForCausalLM(DEQLMPreTrainedModel, GenerationMixin):
         if return_logits:
             output.logits = self.lm_head(hidden.output[:, -logits_to_keep:]).float()
         return output
+
+
+def _check_shapes(input_ids: Tensor, attention_mask: Tensor | None, memory: Memory | None) -> None:
+    shape = tuple(input_ids.shape)
+    if input_ids.dim() != 2:
+        raise ValueError(f"input_ids of shape {shape}: expected (B, L); give one sequence as input_ids[None].")
+    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask of shape {tuple(attention_mask.shape)} with input_ids of shape {shape}: expected the same "
+            "shape, one value a token of this segment; memory brings its own mask."
+        )
+    if memory is not None and memory.z.shape[0] != shape[0]:
+        raise ValueError(
+            f"memory of {memory.z.shape[0]} sequences with input_ids of shape {shape}: expected one for each. Start with "
+            "memory=None when the streams change; generate with several beams or returned sequences takes no memory."
+        )

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from deq_lm import DEQLMConfig, DEQLMForCausalLM
+from deq_lm.cells import Memory
 from deq_lm.errors import ConfigError
 from deq_lm.modeling import build_config
 from deq_lm.solvers import Outcome, StoppingRule
@@ -73,15 +74,18 @@ def test_two_segments_with_memory_equal_one_long_segment(ids: Tensor, norm: str)
         first = model(ids[:, :6])
         second = model(ids[:, 6:], memory=first.memory)
     assert whole.solution.outcome.tolist() == [Outcome.CONVERGED] * 3
-    torch.testing.assert_close(torch.cat([first.logits, second.logits], 1), whole.logits, rtol=0, atol=1e-4)
-    assert (second.logits - model(ids[:, 6:]).logits).abs().max() > 1e-3  # memory matters
+    found = torch.cat([first.last_hidden_state, second.last_hidden_state], 1)
+    torch.testing.assert_close(found, whole.last_hidden_state, rtol=0, atol=1e-9)
+    assert (second.last_hidden_state - model(ids[:, 6:]).last_hidden_state).abs().max() > 1e-3  # memory matters
     assert second.memory.length == 6
 
 
 @pytest.mark.parametrize("solver", ["broyden", "anderson", "picard"])
 @pytest.mark.parametrize("stopping", [{"max_steps": 3, "rtol": 0.0}, {"max_steps": 40, "rtol": 1e-2}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_logits_do_not_depend_on_later_tokens_in_any_bit(ids: Tensor, solver: str, stopping: dict, dtype: torch.dtype):
+def test_hidden_states_do_not_depend_on_later_tokens_in_any_bit(
+    ids: Tensor, solver: str, stopping: dict, dtype: torch.dtype
+):
     model = make(dtype=dtype, solver={"name": solver}, stopping=stopping)
     with torch.no_grad():
         memory = model(ids[:, :5].flip(1)).memory
@@ -89,25 +93,57 @@ def test_logits_do_not_depend_on_later_tokens_in_any_bit(ids: Tensor, solver: st
             changed = ids.clone()
             changed[:, cut:] = (changed[:, cut:] + 7) % VOCABULARY
             before, after = (model(tokens, memory=memory) for tokens in (ids, changed))
-            assert torch.equal(before.logits[:, :cut], after.logits[:, :cut])
-            assert not torch.equal(before.logits[:, cut:], after.logits[:, cut:])
+            before, after = before.last_hidden_state, after.last_hidden_state
+            assert torch.equal(before[:, :cut], after[:, :cut])
+            assert not torch.equal(before[:, cut:], after[:, cut:])
 
 
-def test_a_sequence_alone_and_in_a_batch_give_the_same_logits(ids: Tensor):
+def test_a_sequence_alone_and_in_a_batch_give_the_same_hidden_states(ids: Tensor):
     model = make(stopping={"max_steps": 12, "rtol": 1e-3})
     with torch.no_grad():
         together, alone = model(ids), model(ids[1:2])
-    torch.testing.assert_close(together.logits[1:2], alone.logits, rtol=0, atol=1e-12)
+    torch.testing.assert_close(together.last_hidden_state[1:2], alone.last_hidden_state, rtol=0, atol=1e-12)
     assert torch.equal(together.solution.num_evaluations[1:2], alone.solution.num_evaluations)
 
 
-def test_left_padding_changes_nothing(ids: Tensor):
-    model = make()
-    padded = torch.cat([torch.zeros(3, 4, dtype=torch.long), ids], dim=1)
-    mask = torch.cat([torch.zeros(3, 4), torch.ones(3, 12)], dim=1).long()
+def left_padded(ids: Tensor, num_pads: int) -> dict[str, Tensor]:
+    pads = torch.zeros(len(ids), num_pads, dtype=torch.long)
+    return {
+        "input_ids": torch.cat([pads, ids], dim=1),
+        "attention_mask": torch.cat([pads, torch.ones_like(ids)], dim=1),
+    }
+
+
+@pytest.mark.parametrize("solver", ["broyden", "anderson", "picard"])
+@pytest.mark.parametrize("stopping", [StoppingRule.fixed(4), StoppingRule(rtol=1e-2)], ids=["fixed", "tolerance"])
+def test_left_padding_changes_nothing_however_far_the_solve_got(ids: Tensor, solver: str, stopping: StoppingRule):
+    model = make(solver={"name": solver})
     with torch.no_grad():
-        found = model(padded, attention_mask=mask).logits[:, 4:]
-        torch.testing.assert_close(found, model(ids).logits, rtol=0, atol=1e-9)
+        found, expected = model(**left_padded(ids, 4), stopping=stopping), model(ids, stopping=stopping)
+    torch.testing.assert_close(found.last_hidden_state[:, 4:], expected.last_hidden_state, rtol=0, atol=1e-10)
+    assert torch.equal(found.solution.num_evaluations, expected.solution.num_evaluations)
+    assert not found.last_hidden_state[:, :4].any()
+
+
+def test_left_padding_changes_no_gradient(ids: Tensor):
+    model = make()
+    gradients = []
+    for inputs in (left_padded(ids, 4), {"input_ids": ids}):
+        hidden = model(**inputs, stopping=StoppingRule.fixed(4)).last_hidden_state[:, -12:]
+        gradients.append(torch.autograd.grad(hidden.square().sum(), list(model.model.parameters())))
+    for found, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-9 * expected.norm().item())
+
+
+@pytest.mark.parametrize("num_pads", [1, 4])
+def test_the_segment_after_a_left_padded_one_does_not_see_the_padding(ids: Tensor, num_pads: int):
+    model = make()  # remembers 6 positions
+    first, second, third = ids[:, :3], ids[:, 3:5], ids[:, 5:]
+    with torch.no_grad():
+        found, expected = model(**left_padded(first, num_pads)), model(first)
+        for segment in (second, third):
+            found, expected = (model(segment, memory=output.memory) for output in (found, expected))
+            torch.testing.assert_close(found.last_hidden_state, expected.last_hidden_state, rtol=0, atol=1e-9)
 
 
 def test_the_bytes_saved_for_backward_do_not_depend_on_the_number_of_evaluations(ids: Tensor):
@@ -144,7 +180,7 @@ def test_a_checkpoint_round_trip_keeps_every_logit_and_the_tie(ids: Tensor, tmp_
     assert type(loaded) is DEQLMForCausalLM
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
     with torch.no_grad():
-        assert torch.equal(loaded.eval()(ids).logits, model(ids).logits)
+        assert torch.equal(loaded.eval()(ids).last_hidden_state, model(ids).last_hidden_state)
 
 
 def test_config_json_holds_every_value_in_force(tmp_path):
@@ -169,7 +205,8 @@ def test_greedy_generation_takes_the_most_likely_token(ids: Tensor):
 def test_shallow_pretraining_is_the_unrolled_model(ids: Tensor):
     model = make()
     with torch.no_grad():
-        assert torch.equal(model(ids, num_unrolled_steps=2).logits, unroll(model, 2)(ids).logits)
+        found, expected = model(ids, num_unrolled_steps=2), unroll(model, 2)(ids)
+        assert torch.equal(found.last_hidden_state, expected.last_hidden_state)
 
 
 def test_dropout_is_one_mask_a_solve_so_that_the_solve_converges_and_backward_repeats(ids: Tensor):
@@ -246,3 +283,26 @@ def test_arguments_that_would_be_ignored_are_refused(ids: Tensor):
         model(ids, output_attentions=True)
     with pytest.raises(ValueError, match="not both"):
         model(ids, labels=ids, targets=ids)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"attention_mask": torch.ones(3, 18)}, r"attention_mask of shape \(3, 18\).*\(3, 12\).*memory brings its own"),
+        ({"attention_mask": torch.ones(2, 12)}, r"attention_mask of shape \(2, 12\)"),
+        ({"memory": Memory(torch.zeros(2, 6, 16), torch.zeros(2, 6, 16))}, "memory of 2 sequences.*memory=None"),
+        ({"memory": Memory(torch.zeros(3, 6, 8), torch.zeros(3, 6, 8))}, r"memory of shape \(3, 6, 8\)"),
+        ({"input_ids": torch.zeros(12, dtype=torch.long)}, r"input_ids of shape \(12,\)"),
+        ({"targets": torch.zeros(3, 11, dtype=torch.long)}, r"targets of shape \(3, 11\).*\(3, 12\)"),
+        ({"labels": torch.zeros(3, 11, dtype=torch.long)}, r"labels of shape \(3, 11\).*\(3, 12\)"),
+    ],
+    ids=["mask_length", "mask_batch", "memory_batch", "memory_width", "one_dimension", "targets", "labels"],
+)
+def test_inputs_of_the_wrong_shape_are_refused_by_name(ids: Tensor, change: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        make()(**{"input_ids": ids, **change})
+
+
+def test_generation_with_a_cache_is_refused_and_says_what_to_do_instead(ids: Tensor):
+    with pytest.raises(ValueError, match="use_cache=False"):
+        make().generate(ids, max_new_tokens=2, use_cache=True, pad_token_id=0)

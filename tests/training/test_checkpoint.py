@@ -77,6 +77,16 @@ def test_everything_a_step_depends_on_comes_back(tmp_path):
     assert other.state.memory.x.equal(run.state.memory.x)
 
 
+def test_padding_in_memory_comes_back(tmp_path):
+    run, other = Run(tmp_path), Run(tmp_path)
+    run.step()
+    mask = torch.tensor([[False, True, True]] * 4)
+    run.state.memory = run.state.memory.mark_padding(mask)
+    other.restore(run.save())
+    assert torch.equal(other.state.memory.mask, run.state.memory.mask)
+    assert not other.state.memory.mask.all()
+
+
 def test_the_newest_are_kept(tmp_path):
     run = Run(tmp_path)
     for _ in range(4):
