@@ -58,6 +58,14 @@ class DEQLMConfig(PreTrainedConfig):
 
     model_type = "deq_lm"
     attribute_map = {"hidden_size": "d_model"}  # noqa: RUF012  (the library's protocol)
+    keys_to_ignore_at_inference = [  # noqa: RUF012  (all but loss and logits: a Trainer gathers these over its batches)
+        "nll_nats",
+        "num_targets",
+        "last_hidden_state",
+        "memory",
+        "solution",
+        "jacobian",
+    ]
 
     vocab_size: int = 32000
     cell: dict | None = None

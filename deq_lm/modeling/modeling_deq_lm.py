@@ -125,6 +125,8 @@ class DEQLMForCausalLM(DEQLMPreTrainedModel, GenerationMixin):
     """A deep equilibrium language model, or with `depth="unrolled"` the weight-tied network of the same parameters."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    # The loss is a mean over its own targets; a Trainer that accumulates gradients averages it over the batches.
+    accepts_loss_kwargs = False
 
     def __init__(self, config: DEQLMConfig) -> None:
         super().__init__(config)
