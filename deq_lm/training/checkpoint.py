@@ -238,7 +238,7 @@ def _write_shared_files(
 ) -> None:
     state.model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    torch.save(state.optimizer.state_dict(), folder / "optimizer.pt")
+    _save_pickle(state.optimizer.state_dict(), folder / "optimizer.pt")
     shared = {
         "identity": to_mapping(identity),
         "progress": to_mapping(state.progress),
@@ -261,6 +261,14 @@ def _write_own_files(folder: Path, state: TrainingState, rank: int) -> None:
         "random": random_state,
     }
     write_text(folder / f"rank_{rank:05d}.json", json.dumps(own))
+
+
+def _save_pickle(content: Any, path: Path) -> None:
+    try:
+        torch.save(content, path)
+    except RuntimeError as error:  # what PyTorch's own writer raises on a full disk
+        reason = str(error).partition("\n")[0]
+        raise OSError(f"{path.name}: PyTorch could not write it, as on a full disk: {reason}") from error
 
 
 def _random_state() -> tuple[dict[str, Any], dict[str, Tensor]]:

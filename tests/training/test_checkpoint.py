@@ -146,6 +146,31 @@ def test_a_full_disk_is_an_error_of_one_line_and_leaves_nothing_aside(tmp_path, 
     assert [path.name for path in run.folder.iterdir()] == ["step_00000001"]
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+@pytest.mark.parametrize("name", ["optimizer.pt", "state.json", "rank_00000.json"])
+def test_whichever_file_a_full_disk_stops_it_is_an_error_of_one_line(tmp_path, monkeypatch, name):
+    run = Run(tmp_path)
+    run.step()
+    first = run.save()
+    run.step()
+
+    def begin_on_a_full_disk(path: Path) -> Path:
+        aside = durable.begin_folder(path)
+        target = f".{name}.incomplete" if name.endswith(".json") else name  # text is written aside first
+        (aside / target).symlink_to("/dev/full")
+        return aside
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "begin_folder", begin_on_a_full_disk)
+        with pytest.raises(
+            CheckpointError, match=r"step_00000002: could not be written \(.*before it are intact"
+        ) as caught:
+            run.save()
+    assert "\n" not in str(caught.value)
+    assert newest_complete(run.folder) == first
+    assert [path.name for path in run.folder.iterdir()] == [first.name]
+
+
 def test_no_checkpoint_at_all_is_none(tmp_path):
     assert newest_complete(tmp_path / "absent") is None
     (tmp_path / "notes").mkdir()
