@@ -12,6 +12,34 @@ from torch import Tensor, nn
 from deq_lm.cells.memory import Memory
 
 
+@dataclass(frozen=True, kw_only=True)
+class CellConfig:
+    """What every cell's configuration says; a cell subclasses it and adds its own fields (plain data, with defaults).
+
+    The model reads these three and no other:
+
+    Attributes:
+        d_model: width of the state and of the injected input.
+        mem_len: positions of memory a segment may attend to; 0 keeps none.
+        init_std: standard deviation of the initial effective weights, the token embedding's included.
+
+    Raises:
+        ValueError: if a value is out of range.
+    """
+
+    d_model: int = 128
+    mem_len: int = 64
+    init_std: float = 0.05
+
+    def __post_init__(self) -> None:
+        if self.d_model < 1:
+            raise ValueError(f"d_model={self.d_model}: expected 1 or more.")
+        if self.mem_len < 0:
+            raise ValueError(f"mem_len={self.mem_len}: expected 0 (no memory) or more positions.")
+        if not self.init_std > 0.0:
+            raise ValueError(f"init_std={self.init_std}: expected a value above 0.")
+
+
 @dataclass(frozen=True)
 class Autocast:
     """The autocast state of one moment, to be entered again later (in a backward pass, say)."""
@@ -75,7 +103,13 @@ class BoundCell:
 
 
 class Cell(nn.Module):
-    """The map f of a deep equilibrium model; knows neither solver nor loss."""
+    """The map f of a deep equilibrium model; knows neither solver nor loss.
+
+    A cell is made of nothing but its configuration, `YourCell(config)`, and draws its parameters in `reset_parameters`.
+    """
+
+    def __init__(self, config: CellConfig) -> None:
+        super().__init__()
 
     @abstractmethod
     def bind(self, x: Tensor, memory: Memory | None = None, key_mask: Tensor | None = None) -> BoundCell:
@@ -91,7 +125,7 @@ class Cell(nn.Module):
 
     @abstractmethod
     def reset_parameters(self) -> None:
-        """Draw all parameters anew (after construction on the meta device, say)."""
+        """Draw all parameters anew (after construction on the meta device, say); `__init__` calls it too."""
 
     @abstractmethod
     def remember(self, z: Tensor, x: Tensor, memory: Memory | None) -> Memory | None:

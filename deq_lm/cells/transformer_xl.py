@@ -12,57 +12,48 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
-from deq_lm.cells.base import Autocast, BoundCell, Cell
+from deq_lm.cells.base import Autocast, BoundCell, Cell, CellConfig
 from deq_lm.cells.memory import Memory
 from deq_lm.cells.relative_position import by_key, sinusoids
 from deq_lm.cells.variational_dropout import variational_mask
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransformerXLConfig:
-    """Sizes and variants of the cell.
+class TransformerXLConfig(CellConfig):
+    """Sizes and variants of the cell, beside those of every cell.
 
     Attributes:
-        d_model: width of the state, divisible by num_heads.
-        num_heads: attention heads.
+        num_heads: attention heads; d_model is divisible by it.
         d_inner: hidden width of the feed-forward network.
-        mem_len: positions of memory a segment may attend to; 0 keeps none.
         norm: "post": h = LN(z + attention(z)), f = LN(h + ffn(h)).
             "pre": h = LN(z + attention(LN z)), f = h + ffn(h). The residual of the second half starts from the normalized
             value: with a plain residual stream, z + ..., the identity is part of f and its spectral radius is 1 or more.
         weight_norm: weight normalization of every linear map, computed once per solve.
         dropout: probability of the variational masks on the outputs of attention and feed-forward network, in [0, 1).
-        init_std: standard deviation of the initial effective weights.
 
     Raises:
         ValueError: if a value is out of range.
     """
 
-    d_model: int = 128
     num_heads: int = 4
     d_inner: int = 512
-    mem_len: int = 64
     norm: Literal["post", "pre"] = "post"
     weight_norm: bool = False
     dropout: float = 0.0
-    init_std: float = 0.05
 
     def __post_init__(self) -> None:
-        for name in ("d_model", "num_heads", "d_inner"):
+        super().__post_init__()
+        for name in ("num_heads", "d_inner"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected 1 or more.")
         if self.d_model % self.num_heads:
             raise ValueError(
                 f"d_model={self.d_model} is not divisible by num_heads={self.num_heads}: every head gets an equal share."
             )
-        if self.mem_len < 0:
-            raise ValueError(f"mem_len={self.mem_len}: expected 0 (no memory) or more positions.")
         if self.norm not in ("post", "pre"):
             raise ValueError(f"norm={self.norm!r}: expected 'post' or 'pre'.")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout={self.dropout}: expected a probability in [0, 1).")
-        if not self.init_std > 0.0:
-            raise ValueError(f"init_std={self.init_std}: expected a value above 0.")
 
 
 class TransformerXLCell(Cell):
@@ -78,7 +69,7 @@ class TransformerXLCell(Cell):
     """
 
     def __init__(self, config: TransformerXLConfig) -> None:
-        super().__init__()
+        super().__init__(config)
         self.config = config
         width = config.d_model
         self.qkv = nn.Linear(width, 3 * width, bias=False)

@@ -62,10 +62,24 @@ class DEQLMPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=build_cell_config(self.config.cell, "model.cell").init_std)
-        elif isinstance(module, Equilibrium):
-            loaded = all(getattr(parameter, "_is_hf_initialized", False) for parameter in module.parameters())
-            if not loaded:
-                module.cell.reset_parameters()
+
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        """Draw what neither a constructor nor a checkpoint has filled.
+
+        The cells come first and here, not in `_init_weights`: the library takes a module for loaded when it has no
+        parameter of its own, whatever its children lack. A cell draws all of its parameters, of which those that a
+        checkpoint has brought are put back.
+        """
+        for module in self.modules():
+            if isinstance(module, Equilibrium) and not getattr(module, "_is_hf_initialized", False):
+                loaded = [p for p in module.parameters() if getattr(p, "_is_hf_initialized", False)]
+                if len(loaded) < len(list(module.parameters())):
+                    values = [parameter.clone() for parameter in loaded]
+                    module.cell.reset_parameters()
+                    for parameter, value in zip(loaded, values, strict=True):
+                        parameter.copy_(value)
+        super().initialize_weights()
 
 
 class DEQLMModel(DEQLMPreTrainedModel):
@@ -82,9 +96,13 @@ class DEQLMModel(DEQLMPreTrainedModel):
                 cell,
                 solver=build_solver(config.solver, "model.solver"),
                 stopping=build_stopping(config.stopping, "model.stopping"),
-                evaluation_stopping=build_stopping(config.evaluation_stopping, "model.evaluation_stopping"),
+                evaluation_stopping=None
+                if config.evaluation_stopping is None
+                else build_stopping(config.evaluation_stopping, "model.evaluation_stopping"),
                 adjoint=build_adjoint(config.adjoint, "model.adjoint"),
             )
+        # The library's mark: the cell has drawn its parameters, unless they have no storage yet.
+        self.equilibrium._is_hf_initialized = not self.embed_tokens.weight.is_meta  # pyright: ignore[reportArgumentType]
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -106,6 +124,8 @@ class DEQLMModel(DEQLMPreTrainedModel):
     ) -> EquilibriumOutput:
         """Arguments and errors as `DEQLMForCausalLM.forward`."""
         _check_shapes(input_ids, attention_mask, memory)
+        if stopping is not None and num_unrolled_steps is not None:
+            raise ValueError("Give stopping (of the solve) or num_unrolled_steps (instead of a solve), not both.")
         x = self.embed_tokens(input_ids) * self.config.d_model**0.5  # (B, L, D)
         key_mask = None if attention_mask is None else attention_mask.bool()
         output = self.equilibrium(

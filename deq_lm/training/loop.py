@@ -294,7 +294,8 @@ def is_due(step: int, every: int | None) -> bool:
 def comparable_config(model: DEQLMForCausalLM) -> dict[str, Any]:
     """The model's configuration with all defaults filled in, without what the library writes about itself."""
     names = ["vocab_size", *(field.name for field in fields(ModelSettings))]
-    return {name: getattr(model.config, name) for name in names}
+    config = {name: getattr(model.config, name) for name in names}
+    return {**config, "evaluation_stopping": config["evaluation_stopping"] or config["stopping"]}
 
 
 def describe(

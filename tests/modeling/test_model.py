@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from deq_lm import DEQLMConfig, DEQLMForCausalLM
-from deq_lm.cells import Memory
-from deq_lm.errors import ConfigError
+from deq_lm.cells import Memory, TransformerXLCell
+from deq_lm.errors import ConfigError, UnusedSettingWarning
 from deq_lm.modeling import build_config
 from deq_lm.solvers import Outcome, StoppingRule
 
@@ -191,6 +193,90 @@ def test_config_json_holds_every_value_in_force(tmp_path):
     assert DEQLMConfig.from_pretrained(tmp_path).solver == saved["solver"]
 
 
+def test_the_evaluation_follows_the_stopping_rule_unless_it_has_its_own(ids: Tensor, tmp_path):
+    fixed = {"rtol": 0.0, "patience": None, "divergence_factor": None}
+    make(stopping={**fixed, "max_steps": 5}).save_pretrained(tmp_path / "none")
+    make(stopping={"max_steps": 5}, evaluation_stopping={**fixed, "max_steps": 7}).save_pretrained(tmp_path / "own")
+    for name, expected in (("none", 9), ("own", 7)):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / name, stopping={**fixed, "max_steps": 9})
+        assert model.train()(ids).solution.num_steps.tolist() == [9] * 3
+        assert model.eval()(ids).solution.num_steps.tolist() == [expected] * 3
+
+
+@pytest.mark.parametrize(
+    ("unused", "names"),
+    [
+        ({"solver": {"name": "picard"}}, "model.solver."),
+        ({"stopping": {"max_steps": 5}}, "model.stopping."),
+        ({"evaluation_stopping": {"max_steps": 5}}, "model.evaluation_stopping."),
+        ({"adjoint": {"name": "phantom"}, "solver": {"name": "anderson"}}, "model.solver, model.adjoint."),
+    ],
+)
+def test_settings_of_a_solve_warn_in_an_unrolled_model(unused: dict, names: str):
+    with pytest.warns(UnusedSettingWarning, match=f"depth=unrolled.*: {re.escape(names)}"):
+        DEQLMConfig(depth="unrolled", num_layers=3, **unused)
+
+
+def test_an_unrolled_model_may_state_all_settings_at_their_defaults():
+    complete = DEQLMConfig()
+    stated = {name: getattr(complete, name) for name in ("solver", "stopping", "evaluation_stopping", "adjoint")}
+    assert DEQLMConfig(depth="unrolled", num_layers=3, **stated).solver == complete.solver
+
+
+@pytest.mark.parametrize("solver", ["broyden", "anderson"])
+def test_a_solver_that_cannot_be_unrolled_is_refused_with_the_configuration(solver: str):
+    with pytest.raises(ConfigError, match=rf"model\.adjoint: unrolled with model\.solver {solver}.*name: picard"):
+        DEQLMConfig(solver={"name": solver}, adjoint={"name": "unrolled"})
+
+
+def test_unrolling_the_picard_iteration_gives_the_gradient_of_its_steps(ids: Tensor):
+    fixed = {"max_steps": 3, "rtol": 0.0, "patience": None, "divergence_factor": None}
+    model = make(solver={"name": "picard"}, adjoint={"name": "unrolled"}, stopping=fixed)
+    gradients = [
+        torch.autograd.grad(twin(ids, labels=ids).loss, list(twin.parameters())) for twin in (model, unroll(model, 4))
+    ]
+    for found, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("weight_norm", [False, True])
+@pytest.mark.parametrize("missing", ["output_norm.bias", "content_bias", "expand.bias", "inject"])
+def test_weights_missing_from_a_checkpoint_are_drawn_and_all_others_loaded(tmp_path, missing: str, weight_norm: bool):
+    model = make(dtype=torch.float32, cell={"weight_norm": weight_norm})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.01  # biases and gains are not what they start as
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    names = [name for name in weights if missing in name]
+    assert names
+    save_file({n: w for n, w in weights.items() if n not in names}, tmp_path / "model.safetensors", {"format": "pt"})
+    loaded = DEQLMForCausalLM.from_pretrained(tmp_path)
+    found, expected = dict(loaded.named_parameters()), dict(model.named_parameters())
+    assert {name for name in expected if not torch.equal(found[name], expected[name])} == set(names)
+    assert all(parameter.isfinite().all() for parameter in loaded.parameters())
+
+
+def test_a_model_made_without_storage_is_drawn_when_it_has_some():
+    torch.manual_seed(0)
+    config = make().config
+    with torch.device("meta"):
+        model = DEQLMForCausalLM(config)
+    model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        torch.nn.init.constant_(parameter, float("nan"))
+    model.init_weights()
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    assert model.model.equilibrium.cell.qkv.weight.std().item() == pytest.approx(0.3, rel=0.1)
+
+
+def test_a_constructor_draws_the_cell_once(monkeypatch):
+    calls = []
+    monkeypatch.setattr(TransformerXLCell, "reset_parameters", lambda self: calls.append(self))
+    make()
+    assert len(calls) == 1
+
+
 def test_greedy_generation_takes_the_most_likely_token(ids: Tensor):
     model = make()
     model.generation_config.eos_token_id = None
@@ -283,6 +369,8 @@ def test_arguments_that_would_be_ignored_are_refused(ids: Tensor):
         model(ids, output_attentions=True)
     with pytest.raises(ValueError, match="not both"):
         model(ids, labels=ids, targets=ids)
+    with pytest.raises(ValueError, match=r"stopping.*num_unrolled_steps.*not both"):
+        model(ids, stopping=StoppingRule(), num_unrolled_steps=2)
 
 
 @pytest.mark.parametrize(
