@@ -239,6 +239,13 @@ def test_settings_that_decide_no_update_may_change(saved):
     assert run.state.progress.step == 2
 
 
+def test_an_evaluation_rule_left_out_is_the_stopping_rule_spelled_out(saved):
+    path = saved / "checkpoints" / "step_00000002"
+    Run(saved, "model.evaluation_stopping={max_steps: 6, rtol: 1.0e-3}").restore(path)
+    with pytest.raises(CheckpointError, match=r"evaluation_stopping\.max_steps: 6 there, 7 here"):
+        Run(saved, "model.evaluation_stopping={max_steps: 7, rtol: 1.0e-3}").restore(path)
+
+
 class Evil:
     def __reduce__(self):
         return (Path.touch, (Path("executed"),))
