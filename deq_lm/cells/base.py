@@ -12,6 +12,34 @@ from torch import Tensor, nn
 from deq_lm.cells.memory import Memory
 
 
+@dataclass(frozen=True, kw_only=True)
+class CellConfig:
+    """What every cell's configuration says; a cell subclasses it and adds its own fields (plain data, with defaults).
+
+    The model reads these three and no other:
+
+    Attributes:
+        d_model: width of the state and of the injected input.
+        mem_len: positions of memory a segment may attend to; 0 keeps none.
+        init_std: standard deviation of the initial effective weights, the token embedding's included.
+
+    Raises:
+        ValueError: if a value is out of range.
+    """
+
+    d_model: int = 128
+    mem_len: int = 64
+    init_std: float = 0.05
+
+    def __post_init__(self) -> None:
+        if self.d_model < 1:
+            raise ValueError(f"d_model={self.d_model}: expected 1 or more.")
+        if self.mem_len < 0:
+            raise ValueError(f"mem_len={self.mem_len}: expected 0 (no memory) or more positions.")
+        if not self.init_std > 0.0:
+            raise ValueError(f"init_std={self.init_std}: expected a value above 0.")
+
+
 @dataclass(frozen=True)
 class Autocast:
     """The autocast state of one moment, to be entered again later (in a backward pass, say)."""
@@ -34,26 +62,32 @@ class Autocast:
 
 @dataclass(frozen=True)
 class BoundCell:
-    """f with all but z fixed: weights, injection, memory, one dropout mask, the autocast state.
+    """f with all but z fixed: weights, injection, memory, padding, one dropout mask, the autocast state.
 
     Calling it is one evaluation. `tensors` are all that f reads besides z; those that require a gradient are `inputs`,
     which an implicit adjoint needs by name because an `autograd.Function` cannot see into a closure.
+
+    At padding f is 0: z = 0 is the solution there, found before the first step, so that padding adds nothing to an inner
+    product over positions and never keeps a solve going.
 
     Attributes:
         evaluate: (z, tensors) -> f(z), both (B, L, D); pure.
         tensors: what f reads, by name.
         dtype: what f computes in. A solver's state is wider where this is half precision, and is converted at the door.
         autocast: the mixed-precision state at `bind`; every evaluation runs under it, the backward pass included.
+        key_mask: (B, L) bool, False at padding; None if there is none.
     """
 
     evaluate: Callable[[Tensor, Mapping[str, Tensor]], Tensor]
     tensors: Mapping[str, Tensor]
     dtype: torch.dtype
     autocast: Autocast
+    key_mask: Tensor | None = None
 
     def __call__(self, z: Tensor) -> Tensor:
         with self.autocast.enter():
-            return self.evaluate(z.to(self.dtype), self.tensors).to(z.dtype)
+            image = self.evaluate(z.to(self.dtype), self.tensors).to(z.dtype)
+        return image if self.key_mask is None else image.masked_fill(~self.key_mask[..., None], 0.0)
 
     @property
     def inputs(self) -> tuple[Tensor, ...]:
@@ -69,7 +103,13 @@ class BoundCell:
 
 
 class Cell(nn.Module):
-    """The map f of a deep equilibrium model; knows neither solver nor loss."""
+    """The map f of a deep equilibrium model; knows neither solver nor loss.
+
+    A cell is made of nothing but its configuration, `YourCell(config)`, and draws its parameters in `reset_parameters`.
+    """
+
+    def __init__(self, config: CellConfig) -> None:
+        super().__init__()
 
     @abstractmethod
     def bind(self, x: Tensor, memory: Memory | None = None, key_mask: Tensor | None = None) -> BoundCell:
@@ -77,13 +117,15 @@ class Cell(nn.Module):
 
         Args:
             x: the injected input (embedded tokens), (B, L, D).
-            memory: equilibria and inputs of earlier positions, or None at the start of a stream.
-            key_mask: (B, L) bool, False where a position is padding and must not be attended to.
+            memory: equilibria and inputs of earlier positions, or None at the start of a stream. Where `memory.mask` is
+                False a position is padding and must not be attended to.
+            key_mask: (B, L) bool, False where a position is padding and must not be attended to; to be handed on to the
+                `BoundCell`.
         """
 
     @abstractmethod
     def reset_parameters(self) -> None:
-        """Draw all parameters anew (after construction on the meta device, say)."""
+        """Draw all parameters anew (after construction on the meta device, say); `__init__` calls it too."""
 
     @abstractmethod
     def remember(self, z: Tensor, x: Tensor, memory: Memory | None) -> Memory | None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -16,10 +17,12 @@ class Memory:
         z: equilibria of the last M positions, (B, M, D).
         x: the injected inputs of the same positions, (B, M, D). Keys and values of memory are computed from both by
             the current weights, so that memory gives the same keys as the positions would have in one long segment.
+        mask: (B, M) bool, False at padding, which is not attended to; None if there is none.
     """
 
     z: Tensor
     x: Tensor
+    mask: Tensor | None = None
 
     @property
     def length(self) -> int:
@@ -30,7 +33,15 @@ class Memory:
         """`memory` followed by (z, x), (B, L, D) each, detached and cut to the last `max_length` positions."""
         if max_length == 0:
             return None
-        z, x = z.detach(), x.detach()
+        z, x, mask = z.detach(), x.detach(), None
         if memory is not None:
+            if memory.mask is not None:
+                mask = F.pad(memory.mask, (0, z.shape[1]), value=True)[:, -max_length:].contiguous()
             z, x = torch.cat([memory.z, z], dim=1), torch.cat([memory.x, x], dim=1)
-        return Memory(z[:, -max_length:].contiguous(), x[:, -max_length:].contiguous())
+        return Memory(z[:, -max_length:].contiguous(), x[:, -max_length:].contiguous(), mask)
+
+    def mark_padding(self, key_mask: Tensor) -> Memory:
+        """The same memory, of whose newest positions those are padding where `key_mask`, (B, L) bool, is False."""
+        earlier = self.length - key_mask.shape[1]  # below 0, the oldest positions of the segment are not in memory
+        mask = F.pad(key_mask, (earlier, 0), value=True)
+        return replace(self, mask=mask if self.mask is None else mask & self.mask)

@@ -12,57 +12,48 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
-from deq_lm.cells.base import Autocast, BoundCell, Cell
+from deq_lm.cells.base import Autocast, BoundCell, Cell, CellConfig
 from deq_lm.cells.memory import Memory
 from deq_lm.cells.relative_position import by_key, sinusoids
 from deq_lm.cells.variational_dropout import variational_mask
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransformerXLConfig:
-    """Sizes and variants of the cell.
+class TransformerXLConfig(CellConfig):
+    """Sizes and variants of the cell, beside those of every cell.
 
     Attributes:
-        d_model: width of the state, divisible by num_heads.
-        num_heads: attention heads.
+        num_heads: attention heads; d_model is divisible by it.
         d_inner: hidden width of the feed-forward network.
-        mem_len: positions of memory a segment may attend to; 0 keeps none.
         norm: "post": h = LN(z + attention(z)), f = LN(h + ffn(h)).
             "pre": h = LN(z + attention(LN z)), f = h + ffn(h). The residual of the second half starts from the normalized
             value: with a plain residual stream, z + ..., the identity is part of f and its spectral radius is 1 or more.
         weight_norm: weight normalization of every linear map, computed once per solve.
         dropout: probability of the variational masks on the outputs of attention and feed-forward network, in [0, 1).
-        init_std: standard deviation of the initial effective weights.
 
     Raises:
         ValueError: if a value is out of range.
     """
 
-    d_model: int = 128
     num_heads: int = 4
     d_inner: int = 512
-    mem_len: int = 64
     norm: Literal["post", "pre"] = "post"
     weight_norm: bool = False
     dropout: float = 0.0
-    init_std: float = 0.05
 
     def __post_init__(self) -> None:
-        for name in ("d_model", "num_heads", "d_inner"):
+        super().__post_init__()
+        for name in ("num_heads", "d_inner"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected 1 or more.")
         if self.d_model % self.num_heads:
             raise ValueError(
                 f"d_model={self.d_model} is not divisible by num_heads={self.num_heads}: every head gets an equal share."
             )
-        if self.mem_len < 0:
-            raise ValueError(f"mem_len={self.mem_len}: expected 0 (no memory) or more positions.")
         if self.norm not in ("post", "pre"):
             raise ValueError(f"norm={self.norm!r}: expected 'post' or 'pre'.")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout={self.dropout}: expected a probability in [0, 1).")
-        if not self.init_std > 0.0:
-            raise ValueError(f"init_std={self.init_std}: expected a value above 0.")
 
 
 class TransformerXLCell(Cell):
@@ -78,7 +69,7 @@ class TransformerXLCell(Cell):
     """
 
     def __init__(self, config: TransformerXLConfig) -> None:
-        super().__init__()
+        super().__init__(config)
         self.config = config
         width = config.d_model
         self.qkv = nn.Linear(width, 3 * width, bias=False)
@@ -128,7 +119,7 @@ class TransformerXLCell(Cell):
             "qkv": qkv,
             "injection": F.linear(x, inject),  # (B, L, 3 D)
             "distances": self._heads(distances).transpose(-2, -1).contiguous(),  # (H, E, K + 1)
-            "mask": autocast.convert(_attention_mask(length, num_keys, x, key_mask)),
+            "mask": autocast.convert(_attention_mask(x, memory, key_mask)),
             "content_bias": autocast.convert(self._heads(self.content_bias)[:, None, None]),  # (H, 1, 1, E)
             "distance_bias": autocast.convert(self._heads(self.distance_bias)[:, None, None]),  # (H, 1, 1, E)
             "merge": autocast.convert(self.merge.weight),
@@ -150,7 +141,7 @@ class TransformerXLCell(Cell):
         if self.training and self.config.dropout > 0:
             tensors["attention_dropout"] = variational_mask(x, self.config.dropout)
             tensors["output_dropout"] = variational_mask(x, self.config.dropout)
-        return BoundCell(self.evaluate, tensors, x.dtype, autocast)
+        return BoundCell(self.evaluate, tensors, x.dtype, autocast, key_mask)
 
     def evaluate(self, z: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         """f(z), (B, L, D), reading nothing but `tensors`."""
@@ -178,11 +169,15 @@ class TransformerXLCell(Cell):
                 f"memory of shape {tuple(memory.z.shape)} with x of shape {tuple(x.shape)}: expected the same batch and "
                 "width. Start with memory=None when the streams change."
             )
-        if key_mask is not None and key_mask.shape != (batch, length):
-            raise ValueError(
-                f"key_mask of shape {tuple(key_mask.shape)}: expected {(batch, length)}, one value a position of x; "
-                "positions in memory are never masked."
-            )
+        for name, mask, positions in (
+            ("key_mask", key_mask, length),
+            ("memory.mask", memory and memory.mask, 0 if memory is None else memory.length),
+        ):
+            if mask is not None and (mask.shape != (batch, positions) or mask.dtype != torch.bool):
+                raise ValueError(
+                    f"{name} of shape {tuple(mask.shape)}, {mask.dtype}: expected {(batch, positions)}, bool, one value a "
+                    "position, False at padding. A key_mask is for x alone; memory brings its own mask."
+                )
 
     def _attention(self, z: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         projected = F.linear(z, tensors["qkv"]) + tensors["injection"]
@@ -214,12 +209,16 @@ def _drop(x: Tensor, tensors: Mapping[str, Tensor], name: str) -> Tensor:
     return x * tensors[name] if name in tensors else x
 
 
-def _attention_mask(length: int, num_keys: int, x: Tensor, key_mask: Tensor | None) -> Tensor:
+def _attention_mask(x: Tensor, memory: Memory | None, key_mask: Tensor | None) -> Tensor:
     """0 where a query may look and -inf elsewhere, (L, K) or (B, L, K); every query sees itself, so no row is empty."""
-    offset = num_keys - length
-    visible = torch.ones(length, num_keys, dtype=torch.bool, device=x.device).tril(offset)
-    if key_mask is not None:
-        itself = torch.zeros_like(visible).diagonal_scatter(visible.new_ones(length), offset)
-        present = F.pad(key_mask.bool(), (offset, 0), value=True)
-        visible = (visible & present[:, None, :]) | itself
+    (batch, length), past = x.shape[:2], 0 if memory is None else memory.length
+    visible = torch.ones(length, past + length, dtype=torch.bool, device=x.device).tril(past)
+    past_mask = None if memory is None else memory.mask
+    if key_mask is not None or past_mask is not None:
+        itself = torch.zeros_like(visible).diagonal_scatter(visible.new_ones(length), past)
+        present = [  # (B, M) and (B, L)
+            x.new_ones(batch, num, dtype=torch.bool) if mask is None else mask
+            for mask, num in ((past_mask, past), (key_mask, length))
+        ]
+        visible = (visible & torch.cat(present, dim=1)[:, None, :]) | itself
     return torch.zeros(visible.shape, dtype=x.dtype, device=x.device).masked_fill(~visible, -math.inf)

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from deq_lm.adjoints import Adjoint, Implicit, JacobianFree, Phantom, Unrolled
-from deq_lm.cells.base import Cell
+from deq_lm.cells.base import Cell, CellConfig
 from deq_lm.cells.transformer_xl import TransformerXLCell, TransformerXLConfig
 from deq_lm.solvers import Anderson, Broyden, FixedPointSolver, Picard, StoppingRule
 from deq_lm.structure import build, choose, to_mapping
 
 SOLVERS: dict[str, type[FixedPointSolver]] = {"broyden": Broyden, "anderson": Anderson, "picard": Picard}
-CELLS: dict[str, type] = {"transformer_xl": TransformerXLConfig}
+CELLS: dict[str, tuple[type[CellConfig], type[Cell]]] = {"transformer_xl": (TransformerXLConfig, TransformerXLCell)}
 
 
 @dataclass(frozen=True)
@@ -50,14 +50,15 @@ def build_adjoint(mapping: Any, where: str) -> Adjoint:
     return settings
 
 
-def build_cell_config(mapping: Any, where: str) -> TransformerXLConfig:
+def build_cell_config(mapping: Any, where: str) -> CellConfig:
     """A cell's configuration from {"name": ..., its fields}."""
-    return choose(CELLS, mapping, where)
+    return choose(_cell_configs(), mapping, where)
 
 
-def build_cell(config: TransformerXLConfig) -> Cell:
+def build_cell(config: CellConfig) -> Cell:
     """The cell a configuration describes."""
-    return TransformerXLCell(config)
+    (cell,) = [cell for kind, cell in CELLS.values() if type(config) is kind]
+    return cell(config)
 
 
 def solver_mapping(solver: FixedPointSolver) -> dict[str, Any]:
@@ -76,9 +77,13 @@ def adjoint_mapping(adjoint: Adjoint) -> dict[str, Any]:
     return _named(ADJOINTS, adjoint)
 
 
-def cell_mapping(config: TransformerXLConfig) -> dict[str, Any]:
+def cell_mapping(config: CellConfig) -> dict[str, Any]:
     """The inverse of `build_cell_config`, complete with defaults."""
-    return _named(CELLS, config)
+    return _named(_cell_configs(), config)
+
+
+def _cell_configs() -> dict[str, type[CellConfig]]:
+    return {name: config for name, (config, _) in CELLS.items()}
 
 
 def _named(table: Mapping[str, type], instance: Any) -> dict[str, Any]:

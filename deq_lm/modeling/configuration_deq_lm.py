@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
+from warnings import warn
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from deq_lm.errors import ConfigError
+from deq_lm.adjoints import Unrolled
+from deq_lm.errors import ConfigError, UnusedSettingWarning
 from deq_lm.modeling.builders import (
     adjoint_mapping,
     build_adjoint,
@@ -28,13 +30,16 @@ class ModelSettings:
     """The `model` section of a recipe: everything but what the data decide.
 
     Attributes:
-        cell: {"name": "transformer_xl", ...}, the map f.
+        cell: {"name": "transformer_xl", ...}, the map f; see `deq_lm.modeling.builders.CELLS`.
         depth: "equilibrium" solves z = f(z); "unrolled" evaluates f `num_layers` times, with the same parameters.
         num_layers: evaluations of the unrolled model; null for an equilibrium.
         solver: {"name": "broyden" | "anderson" | "picard", ...}, forward.
         stopping: forward, in training.
         evaluation_stopping: forward, in evaluation; null is `stopping`.
-        adjoint: {"name": "implicit" | "jacobian_free" | "phantom", ...}.
+        adjoint: {"name": "implicit" | "jacobian_free" | "phantom" | "unrolled", ...}. "unrolled" backpropagates through the
+            steps of the solver, which has to be "picard".
+
+    An unrolled model has no solve: the last four have no effect on it, and warn if they are not the defaults.
     """
 
     cell: Mapping[str, Any]
@@ -58,6 +63,14 @@ class DEQLMConfig(PreTrainedConfig):
 
     model_type = "deq_lm"
     attribute_map = {"hidden_size": "d_model"}  # noqa: RUF012  (the library's protocol)
+    keys_to_ignore_at_inference = [  # noqa: RUF012  (all but loss and logits: a Trainer gathers these over its batches)
+        "nll_nats",
+        "num_targets",
+        "last_hidden_state",
+        "memory",
+        "solution",
+        "jacobian",
+    ]
 
     vocab_size: int = 32000
     cell: dict | None = None
@@ -85,12 +98,39 @@ class DEQLMConfig(PreTrainedConfig):
         if self.num_layers is not None and self.num_layers < 1:
             raise ConfigError(f"model.num_layers={self.num_layers}: expected 1 or more evaluations of the cell.")
         self.cell = cell_mapping(build_cell_config(self.cell or {"name": "transformer_xl"}, "model.cell"))
-        self.solver = solver_mapping(build_solver(self.solver or {"name": "broyden"}, "model.solver"))
+        solver = build_solver(self.solver or {"name": "broyden"}, "model.solver")
+        self.solver = solver_mapping(solver)
         self.stopping = to_mapping(build_stopping(self.stopping or {}, "model.stopping"))
-        evaluation = build_stopping(self.evaluation_stopping or self.stopping, "model.evaluation_stopping")
-        self.evaluation_stopping = to_mapping(evaluation)
+        if self.evaluation_stopping is not None:
+            self.evaluation_stopping = to_mapping(build_stopping(self.evaluation_stopping, "model.evaluation_stopping"))
         self.adjoint = adjoint_mapping(build_adjoint(self.adjoint or {"name": "implicit"}, "model.adjoint"))
+        if self.depth == "unrolled":
+            self._warn_of_settings_of_a_solve()
+        elif isinstance(build_adjoint(self.adjoint, "model.adjoint"), Unrolled) and not solver.differentiable:
+            raise ConfigError(
+                f"model.adjoint: unrolled with model.solver {self.solver['name']}, whose steps are not recorded for a "
+                "gradient: expected a solver without coefficients. Give model.solver={name: picard}, or another adjoint."
+            )
         super().__post_init__(**kwargs)
+
+    def _warn_of_settings_of_a_solve(self) -> None:
+        defaults = ModelSettings(cell={})
+        unused = [
+            name
+            for name, default in (
+                ("solver", solver_mapping(build_solver(defaults.solver, "model.solver"))),
+                ("stopping", to_mapping(defaults.stopping)),
+                ("evaluation_stopping", None),
+                ("adjoint", adjoint_mapping(build_adjoint(defaults.adjoint, "model.adjoint"))),
+            )
+            if getattr(self, name) != default
+        ]
+        if unused:
+            warn(
+                f"no effect with model.depth=unrolled, which solves nothing: model.{', model.'.join(unused)}. Leave the "
+                "default, or set depth=equilibrium.",
+                UnusedSettingWarning,
+            )
 
     @property
     def d_model(self) -> int:
@@ -99,7 +139,8 @@ class DEQLMConfig(PreTrainedConfig):
 
     @property
     def num_attention_heads(self) -> int:
-        return self._cell["num_heads"]
+        """Of the cell; 1 where it has no such setting."""
+        return self._cell.get("num_heads", 1)
 
     @property
     def mem_len(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -62,10 +62,24 @@ class DEQLMPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=build_cell_config(self.config.cell, "model.cell").init_std)
-        elif isinstance(module, Equilibrium):
-            loaded = all(getattr(parameter, "_is_hf_initialized", False) for parameter in module.parameters())
-            if not loaded:
-                module.cell.reset_parameters()
+
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        """Draw what neither a constructor nor a checkpoint has filled.
+
+        The cells come first and here, not in `_init_weights`: the library takes a module for loaded when it has no
+        parameter of its own, whatever its children lack. A cell draws all of its parameters, of which those that a
+        checkpoint has brought are put back.
+        """
+        for module in self.modules():
+            if isinstance(module, Equilibrium) and not getattr(module, "_is_hf_initialized", False):
+                loaded = [p for p in module.parameters() if getattr(p, "_is_hf_initialized", False)]
+                if len(loaded) < len(list(module.parameters())):
+                    values = [parameter.clone() for parameter in loaded]
+                    module.cell.reset_parameters()
+                    for parameter, value in zip(loaded, values, strict=True):
+                        parameter.copy_(value)
+        super().initialize_weights()
 
 
 class DEQLMModel(DEQLMPreTrainedModel):
@@ -82,9 +96,13 @@ class DEQLMModel(DEQLMPreTrainedModel):
                 cell,
                 solver=build_solver(config.solver, "model.solver"),
                 stopping=build_stopping(config.stopping, "model.stopping"),
-                evaluation_stopping=build_stopping(config.evaluation_stopping, "model.evaluation_stopping"),
+                evaluation_stopping=None
+                if config.evaluation_stopping is None
+                else build_stopping(config.evaluation_stopping, "model.evaluation_stopping"),
                 adjoint=build_adjoint(config.adjoint, "model.adjoint"),
             )
+        # The library's mark: the cell has drawn its parameters, unless they have no storage yet.
+        self.equilibrium._is_hf_initialized = not self.embed_tokens.weight.is_meta  # pyright: ignore[reportArgumentType]
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -104,10 +122,13 @@ class DEQLMModel(DEQLMPreTrainedModel):
         num_unrolled_steps: int | None = None,
         estimate_jacobian: bool = False,
     ) -> EquilibriumOutput:
-        """Arguments as `DEQLMForCausalLM.forward`."""
+        """Arguments and errors as `DEQLMForCausalLM.forward`."""
+        _check_shapes(input_ids, attention_mask, memory)
+        if stopping is not None and num_unrolled_steps is not None:
+            raise ValueError("Give stopping (of the solve) or num_unrolled_steps (instead of a solve), not both.")
         x = self.embed_tokens(input_ids) * self.config.d_model**0.5  # (B, L, D)
         key_mask = None if attention_mask is None else attention_mask.bool()
-        return self.equilibrium(
+        output = self.equilibrium(
             x,
             memory,
             key_mask=key_mask,
@@ -115,12 +136,17 @@ class DEQLMModel(DEQLMPreTrainedModel):
             num_unrolled_steps=num_unrolled_steps,
             estimate_jacobian=estimate_jacobian,
         )
+        if key_mask is not None and output.memory is not None:
+            output = replace(output, memory=output.memory.mark_padding(key_mask))
+        return output
 
 
 class DEQLMForCausalLM(DEQLMPreTrainedModel, GenerationMixin):
     """A deep equilibrium language model, or with `depth="unrolled"` the weight-tied network of the same parameters."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    # The loss is a mean over its own targets; a Trainer that accumulates gradients averages it over the batches.
+    accepts_loss_kwargs = False
 
     def __init__(self, config: DEQLMConfig) -> None:
         super().__init__(config)
@@ -152,7 +178,8 @@ class DEQLMForCausalLM(DEQLMPreTrainedModel, GenerationMixin):
 
         Args:
             input_ids: (B, L) int64.
-            attention_mask: (B, L), 0 at padding, which is not attended to. Left padding changes nothing for the rest.
+            attention_mask: (B, L), 0 at padding, which is not attended to, here or from the next segment, and whose hidden
+                state is 0. Left padding changes nothing for the rest. It says nothing of memory, which brings its own.
             labels: (B, L), the library's convention: the same ids, shifted inside, so the last position is not scored.
             targets: (B, L), the token after each position; -100 is not scored. Use either this or `labels`.
             memory: `DEQLMOutput.memory` of the segment before in the same streams.
@@ -168,11 +195,22 @@ class DEQLMForCausalLM(DEQLMPreTrainedModel, GenerationMixin):
         """
         harmless = ("position_ids", "return_dict")  # positions are relative, and the output is always an object
         refused = [name for name, value in unsupported.items() if value not in (None, False) and name not in harmless]
+        if {"use_cache", "past_key_values"} & set(refused):
+            raise ValueError(
+                "DEQLMForCausalLM has no cache of keys and values: every new token solves the whole text again. Give "
+                "generate use_cache=False, or leave it out."
+            )
         if refused:
             raise ValueError(
                 f"DEQLMForCausalLM got {', '.join(refused)}, which it does not support; it takes input_ids, "
                 "attention_mask, labels or targets, memory, stopping, num_unrolled_steps, return_logits."
             )
+        for name, given in (("labels", labels), ("targets", targets)):
+            if given is not None and given.shape != input_ids.shape:
+                raise ValueError(
+                    f"{name} of shape {tuple(given.shape)} with input_ids of shape {tuple(input_ids.shape)}: expected the "
+                    "same shape; a position that is not scored has -100."
+                )
         if labels is not None:
             if targets is not None:
                 raise ValueError("Give labels (shifted inside) or targets (shifted already), not both.")
@@ -197,3 +235,19 @@ class DEQLMForCausalLM(DEQLMPreTrainedModel, GenerationMixin):
         if return_logits:
             output.logits = self.lm_head(hidden.output[:, -logits_to_keep:]).float()
         return output
+
+
+def _check_shapes(input_ids: Tensor, attention_mask: Tensor | None, memory: Memory | None) -> None:
+    shape = tuple(input_ids.shape)
+    if input_ids.dim() != 2:
+        raise ValueError(f"input_ids of shape {shape}: expected (B, L); give one sequence as input_ids[None].")
+    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask of shape {tuple(attention_mask.shape)} with input_ids of shape {shape}: expected the same "
+            "shape, one value a token of this segment; memory brings its own mask."
+        )
+    if memory is not None and memory.z.shape[0] != shape[0]:
+        raise ValueError(
+            f"memory of {memory.z.shape[0]} sequences with input_ids of shape {shape}: expected one for each. Start with "
+            "memory=None when the streams change; generate with several beams or returned sequences takes no memory."
+        )

@@ -186,9 +186,10 @@ def restore(path: Path, state: TrainingState, identity: Identity, *, rank: int) 
     state.streams.load_state_dict(own["streams"])
     state.progress = Progress(**shared["progress"])
     state.interval = Interval(**own["interval"])
-    state.memory = None
-    if "memory.z" in tensors:
-        state.memory = Memory(tensors["memory.z"].to(device), tensors["memory.x"].to(device))
+    remembered = {
+        name: tensors[f"memory.{name}"].to(device) for name in ("z", "x", "mask") if f"memory.{name}" in tensors
+    }
+    state.memory = Memory(**remembered) if remembered else None
     _set_random_state(own["random"], tensors)
 
 
@@ -237,7 +238,7 @@ def _write_shared_files(
 ) -> None:
     state.model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    torch.save(state.optimizer.state_dict(), folder / "optimizer.pt")
+    _save_pickle(state.optimizer.state_dict(), folder / "optimizer.pt")
     shared = {
         "identity": to_mapping(identity),
         "progress": to_mapping(state.progress),
@@ -251,6 +252,8 @@ def _write_own_files(folder: Path, state: TrainingState, rank: int) -> None:
     if state.memory is not None:
         tensors["memory.z"] = state.memory.z.contiguous()
         tensors["memory.x"] = state.memory.x.contiguous()
+        if state.memory.mask is not None:
+            tensors["memory.mask"] = state.memory.mask.contiguous()
     save_file(tensors, folder / f"rank_{rank:05d}.safetensors")
     own = {
         "streams": state.streams.state_dict(),
@@ -258,6 +261,14 @@ def _write_own_files(folder: Path, state: TrainingState, rank: int) -> None:
         "random": random_state,
     }
     write_text(folder / f"rank_{rank:05d}.json", json.dumps(own))
+
+
+def _save_pickle(content: Any, path: Path) -> None:
+    try:
+        torch.save(content, path)
+    except RuntimeError as error:  # what PyTorch's own writer raises on a full disk
+        reason = str(error).partition("\n")[0]
+        raise OSError(f"{path.name}: PyTorch could not write it, as on a full disk: {reason}") from error
 
 
 def _random_state() -> tuple[dict[str, Any], dict[str, Tensor]]:

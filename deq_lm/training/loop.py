@@ -12,6 +12,7 @@ import signal
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -74,6 +75,12 @@ def train(recipe: Recipe, *, resume: bool = False) -> int | None:
     """
     settings = recipe.training
     accelerator = Accelerator(mixed_precision=settings.mixed_precision)
+    if accelerator.mixed_precision not in ("no", "bf16"):
+        raise ConfigError(
+            f"mixed precision {accelerator.mixed_precision}, from accelerate launch or its configuration: expected no or "
+            "bf16, which has the range of float32 and needs no scaled loss. Give --mixed_precision bf16, or the recipe "
+            "training.mixed_precision=bf16."
+        )
     warn_of_missing_processes(accelerator.num_processes)
     disable_progress_bar()  # the library's, for every save; a run has its own
     run = RunFolder(Path(settings.output_dir))
@@ -165,6 +172,9 @@ def train_step(
 
     The gradient is that of (nats of all processes and segments) / (their targets): summed, and divided once. To it comes
     that of the Jacobian's estimate, a mean over the segments regularized or not.
+
+    The host waits for the device once, for all numbers together; besides, the solves, forward and backward, ask every
+    `stopping.check_every` steps whether they are done.
     """
     settings, progress, interval = recipe.training, state.progress, state.interval
     start = time.perf_counter()
@@ -201,12 +211,15 @@ def train_step(
                     measured.setdefault(f"{name}_evaluations", []).append(solution.num_evaluations)
                     measured.setdefault(f"{name}_residuals", []).append(solution.relative_residual)
 
-    grad_norm = accelerator.clip_grad_norm_(model.parameters(), settings.clip_norm or float("inf"))
-    assert isinstance(grad_norm, Tensor)
-    not_finite = ~(torch.isfinite(nll_nats) & torch.isfinite(grad_norm))
-    # The one wait for the device in a step: skipping and stopping are decided here, by all processes alike.
+    norm = accelerator.clip_grad_norm_(model.parameters(), settings.clip_norm or float("inf"))
+    assert isinstance(norm, Tensor)
+    not_finite = ~(torch.isfinite(nll_nats) & torch.isfinite(norm))
     facts = torch.stack([nll_nats, not_finite.to(nll_nats), torch.full_like(nll_nats, stop_requested)])
-    total_nats, num_not_finite, num_stops = cast(Tensor, accelerator.reduce(facts, "sum")).tolist()
+    # Skipping and stopping are decided by all processes alike, from sums; the norm is that of all of them already.
+    total = cast(Tensor, accelerator.reduce(facts, "sum"))
+    pooled = {name: torch.cat(tensors).to(total) for name, tensors in measured.items()}
+    numbers = iter(torch.cat([total, norm.to(total)[None], *pooled.values()]).tolist())  # the wait for the device
+    total_nats, num_not_finite, num_stops, grad_norm = islice(numbers, 4)
 
     progress.step += 1
     progress.num_tokens += num_targets
@@ -223,11 +236,11 @@ def train_step(
         interval.num_skipped += 1
     state.optimizer.zero_grad()
     state.schedule.step()
-    for name, tensors in measured.items():
-        getattr(interval, name).extend(torch.cat(tensors).tolist())
+    for name, values in pooled.items():
+        getattr(interval, name).extend(islice(numbers, len(values)))
     interval.num_steps += 1
     interval.seconds += time.perf_counter() - start
-    return StepResult(grad_norm=grad_norm.item(), finite=finite, interrupted=num_stops > 0)
+    return StepResult(grad_norm=grad_norm, finite=finite, interrupted=num_stops > 0)
 
 
 def validate(
@@ -281,7 +294,8 @@ def is_due(step: int, every: int | None) -> bool:
 def comparable_config(model: DEQLMForCausalLM) -> dict[str, Any]:
     """The model's configuration with all defaults filled in, without what the library writes about itself."""
     names = ["vocab_size", *(field.name for field in fields(ModelSettings))]
-    return {name: getattr(model.config, name) for name in names}
+    config = {name: getattr(model.config, name) for name in names}
+    return {**config, "evaluation_stopping": config["evaluation_stopping"] or config["stopping"]}
 
 
 def describe(

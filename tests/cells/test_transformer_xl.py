@@ -130,8 +130,32 @@ def test_left_padding_that_is_masked_changes_nothing():
         f = cell.bind(padded_x, key_mask=mask)
         found = f(padded_z)
         torch.testing.assert_close(found[:, 4:], cell.bind(x)(z), rtol=0, atol=1e-12)
-        assert found.isfinite().all()
+        assert torch.equal(found[:, :4], torch.zeros_like(found[:, :4]))
         assert f.tensors["mask"].isfinite().any(dim=-1).all()  # padding sees itself: some kernels give NaN for nothing
+
+
+def test_at_padding_f_is_zero_and_has_no_gradient():
+    cell = make()
+    z, x = states(LENGTH, 1).requires_grad_(), states(LENGTH, 2)
+    mask = torch.ones(BATCH, LENGTH, dtype=torch.bool)
+    mask[:, 0] = False
+    image = cell.bind(x, key_mask=mask)(z)
+    assert torch.equal(image[:, 0], torch.zeros(BATCH, WIDTH, dtype=torch.float64))
+    image[:, 0].sum().backward()
+    assert z.grad is not None
+    assert not z.grad.any()
+
+
+def test_padding_in_memory_is_not_attended_to():
+    cell = make()
+    z, x = states(LENGTH, 1), states(LENGTH, 2)
+    past_z, past_x = states(PAST, 3), states(PAST, 4)
+    mask = torch.tensor([[False] * 2 + [True] * (PAST - 2)] * BATCH)
+    with torch.no_grad():
+        found = cell.bind(x, Memory(past_z, past_x, mask))(z)
+        torch.testing.assert_close(found, cell.bind(x, Memory(past_z[:, 2:], past_x[:, 2:]))(z), rtol=0, atol=1e-12)
+        together = cell.bind(x, Memory(past_z, past_x, mask), torch.ones(BATCH, LENGTH, dtype=torch.bool))(z)
+        torch.testing.assert_close(together, found, rtol=0, atol=1e-12)
 
 
 def test_key_masks_differ_between_sequences_and_leave_memory_visible():
@@ -146,7 +170,8 @@ def test_key_masks_differ_between_sequences_and_leave_memory_visible():
         torch.testing.assert_close(masked[0], plain[0], rtol=0, atol=1e-12)
         assert torch.equal(masked[1, :2], plain[1, :2])
         assert not torch.isclose(masked[1, 3:], plain[1, 3:]).all(dim=-1).any()
-        assert not torch.isclose(cell.bind(x, other_memory, mask)(z), masked).all(dim=-1).any()
+        unmoved = torch.isclose(cell.bind(x, other_memory, mask)(z), masked).all(dim=-1)
+        assert torch.equal(unmoved, ~mask)  # padding is 0 with any memory
 
 
 def test_what_does_not_depend_on_z_is_computed_once_per_solve():
@@ -276,6 +301,21 @@ def test_memory_keeps_the_last_positions_without_gradient():
     assert second.length == PAST
 
 
+@pytest.mark.parametrize("max_length", [2, 4, 7, 20])
+def test_memory_marks_padding_where_it_was(max_length: int):
+    num_pads = (0, 2)
+    masks = [torch.arange(4).expand(BATCH, 4) >= torch.tensor(num_pads)[:, None], None, torch.rand(BATCH, 3) > 0.5]
+    memory, everything = None, []
+    for mask, length in zip(masks, (4, 1, 3), strict=True):
+        memory = Memory.extend(memory, states(length, 1), states(length, 2), max_length)
+        if mask is not None:
+            memory = memory.mark_padding(mask)
+        everything.append(torch.ones(BATCH, length, dtype=torch.bool) if mask is None else mask)
+    assert memory is not None
+    assert torch.equal(memory.mask, torch.cat(everything, 1)[:, -max_length:])
+    assert memory.mask.shape == memory.z.shape[:2]
+
+
 def test_scores_by_distance_are_read_as_scores_by_key():
     length, num_keys = 3, 5
     distance_of_column = torch.arange(num_keys, -1, -1).sub(1).float().expand(length, num_keys + 1)
@@ -308,15 +348,31 @@ def test_impossible_sizes_are_refused(options: dict, message: str):
 
 
 @pytest.mark.parametrize(
-    ("width", "past_batch", "mask_length", "message"),
+    ("width", "past_batch", "mask_length", "past_mask_length", "message"),
     [
-        (WIDTH + 1, BATCH, LENGTH, "d_model is 8"),
-        (WIDTH, BATCH + 1, LENGTH, "the same batch and width. Start with memory=None"),
-        (WIDTH, BATCH, LENGTH + PAST, r"expected \(2, 5\), one value a position of x"),
+        (WIDTH + 1, BATCH, LENGTH, PAST, "d_model is 8"),
+        (WIDTH, BATCH + 1, LENGTH, PAST, "the same batch and width. Start with memory=None"),
+        (
+            WIDTH,
+            BATCH,
+            LENGTH + PAST,
+            PAST,
+            r"key_mask of shape \(2, 8\).*expected \(2, 5\), bool, one value a position",
+        ),
+        (
+            WIDTH,
+            BATCH,
+            LENGTH,
+            PAST + 1,
+            r"memory.mask of shape \(2, 4\).*expected \(2, 3\), bool, one value a position",
+        ),
     ],
 )
-def test_shapes_that_do_not_belong_together_are_refused(width: int, past_batch: int, mask_length: int, message: str):
-    memory = Memory(torch.zeros(past_batch, PAST, WIDTH), torch.zeros(past_batch, PAST, WIDTH))
+def test_shapes_that_do_not_belong_together_are_refused(
+    width: int, past_batch: int, mask_length: int, past_mask_length: int, message: str
+):
+    past_mask = torch.ones(past_batch, past_mask_length, dtype=torch.bool)
+    memory = Memory(torch.zeros(past_batch, PAST, WIDTH), torch.zeros(past_batch, PAST, WIDTH), past_mask)
     mask = torch.ones(BATCH, mask_length, dtype=torch.bool)
     with pytest.raises(ValueError, match=message):
         make().bind(torch.zeros(BATCH, LENGTH, width), memory, mask)

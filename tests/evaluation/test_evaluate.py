@@ -145,7 +145,7 @@ def test_a_damaged_file_or_one_of_another_version_is_refused_in_one_line(result,
 
 
 def test_an_unrolled_model_has_neither_a_solve_to_check_nor_a_memory_table(corpus):
-    model = make_model(len(corpus.tokenizer), depth="unrolled", num_layers=3)
+    model = make_model(len(corpus.tokenizer), depth="unrolled", num_layers=3, stopping=None)
     result = evaluate(model, corpus, dataclasses.replace(CONFIG, sample_tokens=0))
     assert result.no_op is None
     assert result.memory == ()

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from deq_lm import DEQLMConfig, DEQLMForCausalLM
-from deq_lm.errors import ConfigError
+from deq_lm.cells import Memory, TransformerXLCell
+from deq_lm.errors import ConfigError, UnusedSettingWarning
 from deq_lm.modeling import build_config
 from deq_lm.solvers import Outcome, StoppingRule
 
@@ -73,15 +76,18 @@ def test_two_segments_with_memory_equal_one_long_segment(ids: Tensor, norm: str)
         first = model(ids[:, :6])
         second = model(ids[:, 6:], memory=first.memory)
     assert whole.solution.outcome.tolist() == [Outcome.CONVERGED] * 3
-    torch.testing.assert_close(torch.cat([first.logits, second.logits], 1), whole.logits, rtol=0, atol=1e-4)
-    assert (second.logits - model(ids[:, 6:]).logits).abs().max() > 1e-3  # memory matters
+    found = torch.cat([first.last_hidden_state, second.last_hidden_state], 1)
+    torch.testing.assert_close(found, whole.last_hidden_state, rtol=0, atol=1e-9)
+    assert (second.last_hidden_state - model(ids[:, 6:]).last_hidden_state).abs().max() > 1e-3  # memory matters
     assert second.memory.length == 6
 
 
 @pytest.mark.parametrize("solver", ["broyden", "anderson", "picard"])
 @pytest.mark.parametrize("stopping", [{"max_steps": 3, "rtol": 0.0}, {"max_steps": 40, "rtol": 1e-2}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_logits_do_not_depend_on_later_tokens_in_any_bit(ids: Tensor, solver: str, stopping: dict, dtype: torch.dtype):
+def test_hidden_states_do_not_depend_on_later_tokens_in_any_bit(
+    ids: Tensor, solver: str, stopping: dict, dtype: torch.dtype
+):
     model = make(dtype=dtype, solver={"name": solver}, stopping=stopping)
     with torch.no_grad():
         memory = model(ids[:, :5].flip(1)).memory
@@ -89,25 +95,57 @@ def test_logits_do_not_depend_on_later_tokens_in_any_bit(ids: Tensor, solver: st
             changed = ids.clone()
             changed[:, cut:] = (changed[:, cut:] + 7) % VOCABULARY
             before, after = (model(tokens, memory=memory) for tokens in (ids, changed))
-            assert torch.equal(before.logits[:, :cut], after.logits[:, :cut])
-            assert not torch.equal(before.logits[:, cut:], after.logits[:, cut:])
+            before, after = before.last_hidden_state, after.last_hidden_state
+            assert torch.equal(before[:, :cut], after[:, :cut])
+            assert not torch.equal(before[:, cut:], after[:, cut:])
 
 
-def test_a_sequence_alone_and_in_a_batch_give_the_same_logits(ids: Tensor):
+def test_a_sequence_alone_and_in_a_batch_give_the_same_hidden_states(ids: Tensor):
     model = make(stopping={"max_steps": 12, "rtol": 1e-3})
     with torch.no_grad():
         together, alone = model(ids), model(ids[1:2])
-    torch.testing.assert_close(together.logits[1:2], alone.logits, rtol=0, atol=1e-12)
+    torch.testing.assert_close(together.last_hidden_state[1:2], alone.last_hidden_state, rtol=0, atol=1e-12)
     assert torch.equal(together.solution.num_evaluations[1:2], alone.solution.num_evaluations)
 
 
-def test_left_padding_changes_nothing(ids: Tensor):
-    model = make()
-    padded = torch.cat([torch.zeros(3, 4, dtype=torch.long), ids], dim=1)
-    mask = torch.cat([torch.zeros(3, 4), torch.ones(3, 12)], dim=1).long()
+def left_padded(ids: Tensor, num_pads: int) -> dict[str, Tensor]:
+    pads = torch.zeros(len(ids), num_pads, dtype=torch.long)
+    return {
+        "input_ids": torch.cat([pads, ids], dim=1),
+        "attention_mask": torch.cat([pads, torch.ones_like(ids)], dim=1),
+    }
+
+
+@pytest.mark.parametrize("solver", ["broyden", "anderson", "picard"])
+@pytest.mark.parametrize("stopping", [StoppingRule.fixed(4), StoppingRule(rtol=1e-2)], ids=["fixed", "tolerance"])
+def test_left_padding_changes_nothing_however_far_the_solve_got(ids: Tensor, solver: str, stopping: StoppingRule):
+    model = make(solver={"name": solver})
     with torch.no_grad():
-        found = model(padded, attention_mask=mask).logits[:, 4:]
-        torch.testing.assert_close(found, model(ids).logits, rtol=0, atol=1e-9)
+        found, expected = model(**left_padded(ids, 4), stopping=stopping), model(ids, stopping=stopping)
+    torch.testing.assert_close(found.last_hidden_state[:, 4:], expected.last_hidden_state, rtol=0, atol=1e-10)
+    assert torch.equal(found.solution.num_evaluations, expected.solution.num_evaluations)
+    assert not found.last_hidden_state[:, :4].any()
+
+
+def test_left_padding_changes_no_gradient(ids: Tensor):
+    model = make()
+    gradients = []
+    for inputs in (left_padded(ids, 4), {"input_ids": ids}):
+        hidden = model(**inputs, stopping=StoppingRule.fixed(4)).last_hidden_state[:, -12:]
+        gradients.append(torch.autograd.grad(hidden.square().sum(), list(model.model.parameters())))
+    for found, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-9 * expected.norm().item())
+
+
+@pytest.mark.parametrize("num_pads", [1, 4])
+def test_the_segment_after_a_left_padded_one_does_not_see_the_padding(ids: Tensor, num_pads: int):
+    model = make()  # remembers 6 positions
+    first, second, third = ids[:, :3], ids[:, 3:5], ids[:, 5:]
+    with torch.no_grad():
+        found, expected = model(**left_padded(first, num_pads)), model(first)
+        for segment in (second, third):
+            found, expected = (model(segment, memory=output.memory) for output in (found, expected))
+            torch.testing.assert_close(found.last_hidden_state, expected.last_hidden_state, rtol=0, atol=1e-9)
 
 
 def test_the_bytes_saved_for_backward_do_not_depend_on_the_number_of_evaluations(ids: Tensor):
@@ -144,7 +182,7 @@ def test_a_checkpoint_round_trip_keeps_every_logit_and_the_tie(ids: Tensor, tmp_
     assert type(loaded) is DEQLMForCausalLM
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
     with torch.no_grad():
-        assert torch.equal(loaded.eval()(ids).logits, model(ids).logits)
+        assert torch.equal(loaded.eval()(ids).last_hidden_state, model(ids).last_hidden_state)
 
 
 def test_config_json_holds_every_value_in_force(tmp_path):
@@ -161,6 +199,90 @@ def test_config_json_holds_every_value_in_force(tmp_path):
     assert DEQLMConfig.from_pretrained(tmp_path).solver == saved["solver"]
 
 
+def test_the_evaluation_follows_the_stopping_rule_unless_it_has_its_own(ids: Tensor, tmp_path):
+    fixed = {"rtol": 0.0, "patience": None, "divergence_factor": None}
+    make(stopping={**fixed, "max_steps": 5}).save_pretrained(tmp_path / "none")
+    make(stopping={"max_steps": 5}, evaluation_stopping={**fixed, "max_steps": 7}).save_pretrained(tmp_path / "own")
+    for name, expected in (("none", 9), ("own", 7)):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / name, stopping={**fixed, "max_steps": 9})
+        assert model.train()(ids).solution.num_steps.tolist() == [9] * 3
+        assert model.eval()(ids).solution.num_steps.tolist() == [expected] * 3
+
+
+@pytest.mark.parametrize(
+    ("unused", "names"),
+    [
+        ({"solver": {"name": "picard"}}, "model.solver."),
+        ({"stopping": {"max_steps": 5}}, "model.stopping."),
+        ({"evaluation_stopping": {"max_steps": 5}}, "model.evaluation_stopping."),
+        ({"adjoint": {"name": "phantom"}, "solver": {"name": "anderson"}}, "model.solver, model.adjoint."),
+    ],
+)
+def test_settings_of_a_solve_warn_in_an_unrolled_model(unused: dict, names: str):
+    with pytest.warns(UnusedSettingWarning, match=f"depth=unrolled.*: {re.escape(names)}"):
+        DEQLMConfig(depth="unrolled", num_layers=3, **unused)
+
+
+def test_an_unrolled_model_may_state_all_settings_at_their_defaults():
+    complete = DEQLMConfig()
+    stated = {name: getattr(complete, name) for name in ("solver", "stopping", "evaluation_stopping", "adjoint")}
+    assert DEQLMConfig(depth="unrolled", num_layers=3, **stated).solver == complete.solver
+
+
+@pytest.mark.parametrize("solver", ["broyden", "anderson"])
+def test_a_solver_that_cannot_be_unrolled_is_refused_with_the_configuration(solver: str):
+    with pytest.raises(ConfigError, match=rf"model\.adjoint: unrolled with model\.solver {solver}.*name: picard"):
+        DEQLMConfig(solver={"name": solver}, adjoint={"name": "unrolled"})
+
+
+def test_unrolling_the_picard_iteration_gives_the_gradient_of_its_steps(ids: Tensor):
+    fixed = {"max_steps": 3, "rtol": 0.0, "patience": None, "divergence_factor": None}
+    model = make(solver={"name": "picard"}, adjoint={"name": "unrolled"}, stopping=fixed)
+    gradients = [
+        torch.autograd.grad(twin(ids, labels=ids).loss, list(twin.parameters())) for twin in (model, unroll(model, 4))
+    ]
+    for found, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("weight_norm", [False, True])
+@pytest.mark.parametrize("missing", ["output_norm.bias", "content_bias", "expand.bias", "inject"])
+def test_weights_missing_from_a_checkpoint_are_drawn_and_all_others_loaded(tmp_path, missing: str, weight_norm: bool):
+    model = make(dtype=torch.float32, cell={"weight_norm": weight_norm})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.01  # biases and gains are not what they start as
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    names = [name for name in weights if missing in name]
+    assert names
+    save_file({n: w for n, w in weights.items() if n not in names}, tmp_path / "model.safetensors", {"format": "pt"})
+    loaded = DEQLMForCausalLM.from_pretrained(tmp_path)
+    found, expected = dict(loaded.named_parameters()), dict(model.named_parameters())
+    assert {name for name in expected if not torch.equal(found[name], expected[name])} == set(names)
+    assert all(parameter.isfinite().all() for parameter in loaded.parameters())
+
+
+def test_a_model_made_without_storage_is_drawn_when_it_has_some():
+    torch.manual_seed(0)
+    config = make().config
+    with torch.device("meta"):
+        model = DEQLMForCausalLM(config)
+    model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        torch.nn.init.constant_(parameter, float("nan"))
+    model.init_weights()
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    assert model.model.equilibrium.cell.qkv.weight.std().item() == pytest.approx(0.3, rel=0.1)
+
+
+def test_a_constructor_draws_the_cell_once(monkeypatch):
+    calls = []
+    monkeypatch.setattr(TransformerXLCell, "reset_parameters", lambda self: calls.append(self))
+    make()
+    assert len(calls) == 1
+
+
 def test_greedy_generation_takes_the_most_likely_token(ids: Tensor):
     model = make()
     model.generation_config.eos_token_id = None
@@ -175,7 +297,8 @@ def test_greedy_generation_takes_the_most_likely_token(ids: Tensor):
 def test_shallow_pretraining_is_the_unrolled_model(ids: Tensor):
     model = make()
     with torch.no_grad():
-        assert torch.equal(model(ids, num_unrolled_steps=2).logits, unroll(model, 2)(ids).logits)
+        found, expected = model(ids, num_unrolled_steps=2), unroll(model, 2)(ids)
+        assert torch.equal(found.last_hidden_state, expected.last_hidden_state)
 
 
 def test_dropout_is_one_mask_a_solve_so_that_the_solve_converges_and_backward_repeats(ids: Tensor):
@@ -252,3 +375,28 @@ def test_arguments_that_would_be_ignored_are_refused(ids: Tensor):
         model(ids, output_attentions=True)
     with pytest.raises(ValueError, match="not both"):
         model(ids, labels=ids, targets=ids)
+    with pytest.raises(ValueError, match=r"stopping.*num_unrolled_steps.*not both"):
+        model(ids, stopping=StoppingRule(), num_unrolled_steps=2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"attention_mask": torch.ones(3, 18)}, r"attention_mask of shape \(3, 18\).*\(3, 12\).*memory brings its own"),
+        ({"attention_mask": torch.ones(2, 12)}, r"attention_mask of shape \(2, 12\)"),
+        ({"memory": Memory(torch.zeros(2, 6, 16), torch.zeros(2, 6, 16))}, "memory of 2 sequences.*memory=None"),
+        ({"memory": Memory(torch.zeros(3, 6, 8), torch.zeros(3, 6, 8))}, r"memory of shape \(3, 6, 8\)"),
+        ({"input_ids": torch.zeros(12, dtype=torch.long)}, r"input_ids of shape \(12,\)"),
+        ({"targets": torch.zeros(3, 11, dtype=torch.long)}, r"targets of shape \(3, 11\).*\(3, 12\)"),
+        ({"labels": torch.zeros(3, 11, dtype=torch.long)}, r"labels of shape \(3, 11\).*\(3, 12\)"),
+    ],
+    ids=["mask_length", "mask_batch", "memory_batch", "memory_width", "one_dimension", "targets", "labels"],
+)
+def test_inputs_of_the_wrong_shape_are_refused_by_name(ids: Tensor, change: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        make()(**{"input_ids": ids, **change})
+
+
+def test_generation_with_a_cache_is_refused_and_says_what_to_do_instead(ids: Tensor):
+    with pytest.raises(ValueError, match="use_cache=False"):
+        make().generate(ids, max_new_tokens=2, use_cache=True, pad_token_id=0)

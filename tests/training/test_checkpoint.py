@@ -77,6 +77,16 @@ def test_everything_a_step_depends_on_comes_back(tmp_path):
     assert other.state.memory.x.equal(run.state.memory.x)
 
 
+def test_padding_in_memory_comes_back(tmp_path):
+    run, other = Run(tmp_path), Run(tmp_path)
+    run.step()
+    mask = torch.tensor([[False, True, True]] * 4)
+    run.state.memory = run.state.memory.mark_padding(mask)
+    other.restore(run.save())
+    assert torch.equal(other.state.memory.mask, run.state.memory.mask)
+    assert not other.state.memory.mask.all()
+
+
 def test_the_newest_are_kept(tmp_path):
     run = Run(tmp_path)
     for _ in range(4):
@@ -134,6 +144,31 @@ def test_a_full_disk_is_an_error_of_one_line_and_leaves_nothing_aside(tmp_path, 
         with pytest.raises(CheckpointError, match=r"step_00000002: could not be written.*No space left"):
             run.save()
     assert [path.name for path in run.folder.iterdir()] == ["step_00000001"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+@pytest.mark.parametrize("name", ["optimizer.pt", "state.json", "rank_00000.json"])
+def test_whichever_file_a_full_disk_stops_it_is_an_error_of_one_line(tmp_path, monkeypatch, name):
+    run = Run(tmp_path)
+    run.step()
+    first = run.save()
+    run.step()
+
+    def begin_on_a_full_disk(path: Path) -> Path:
+        aside = durable.begin_folder(path)
+        target = f".{name}.incomplete" if name.endswith(".json") else name  # text is written aside first
+        (aside / target).symlink_to("/dev/full")
+        return aside
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "begin_folder", begin_on_a_full_disk)
+        with pytest.raises(
+            CheckpointError, match=r"step_00000002: could not be written \(.*before it are intact"
+        ) as caught:
+            run.save()
+    assert "\n" not in str(caught.value)
+    assert newest_complete(run.folder) == first
+    assert [path.name for path in run.folder.iterdir()] == [first.name]
 
 
 def test_no_checkpoint_at_all_is_none(tmp_path):
@@ -202,6 +237,13 @@ def test_settings_that_decide_no_update_may_change(saved):
     run = Run(saved, "training.max_steps=6", "training.log_every=7", "evaluation.batch_size=1", "training.track=true")
     run.restore(saved / "checkpoints" / "step_00000002")
     assert run.state.progress.step == 2
+
+
+def test_an_evaluation_rule_left_out_is_the_stopping_rule_spelled_out(saved):
+    path = saved / "checkpoints" / "step_00000002"
+    Run(saved, "model.evaluation_stopping={max_steps: 6, rtol: 1.0e-3}").restore(path)
+    with pytest.raises(CheckpointError, match=r"evaluation_stopping\.max_steps: 6 there, 7 here"):
+        Run(saved, "model.evaluation_stopping={max_steps: 7, rtol: 1.0e-3}").restore(path)
 
 
 class Evil:

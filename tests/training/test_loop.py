@@ -1,8 +1,10 @@
 """One step, and the run around it."""
 
 import json
+import sys
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from accelerate.state import AcceleratorState
 from tiny_run import leave_weights_alone, make_recipe, make_state, metrics
 from transformers import AutoTokenizer
 
-from deq_lm.errors import CheckpointError, DataError
+from deq_lm.errors import CheckpointError, ConfigError, DataError
 from deq_lm.modeling import DEQLMForCausalLM
 from deq_lm.training import loop
 from deq_lm.training.loop import MAX_SKIPPED_IN_A_ROW, train, train_step
@@ -82,6 +84,35 @@ def test_the_jacobian_term_adds_its_weighted_gradient_averaged_over_the_segments
     first, second = gradients[0.2] - gradients[0.1], gradients[0.3] - gradients[0.2]
     assert first.norm() > 1e-4
     assert torch.dist(first, second) <= 1e-2 * first.norm()  # linear in the weight
+
+
+def test_a_step_waits_for_the_device_once_besides_its_solves(tmp_path, monkeypatch):
+    recipe = make_recipe(tmp_path, "training.pretraining=null", "training.jacobian.probability=1.0")
+    accelerator = Accelerator()
+    state, *_ = make_state(recipe, accelerator)
+    leave_weights_alone(state)
+    waits = []
+
+    def counted(name):
+        method = getattr(torch.Tensor, name)
+
+        def call(*args):
+            frame, files = sys._getframe(1), []
+            while frame is not None:
+                files.append(frame.f_code.co_filename)
+                frame = frame.f_back
+            if not any("deq_lm/solvers" in file or "deq_lm/adjoints" in file for file in files):
+                waits.append((name, files[0]))
+            return method(*args)
+
+        return call
+
+    for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__"):
+        monkeypatch.setattr(torch.Tensor, name, counted(name))
+    result = one_step(recipe, state, accelerator)
+    assert [name for name, _ in waits] == ["tolist"], waits
+    assert result.finite
+    assert len(state.interval.solver_evaluations) == len(state.interval.adjoint_residuals) == 2 * 4
 
 
 def test_the_gradient_is_clipped_to_the_given_norm(tmp_path):
@@ -229,6 +260,25 @@ def test_a_corpus_shorter_than_one_segment_leaves_no_run_folder(tmp_path):
     with pytest.raises(DataError):
         train(recipe)
     assert not Path(recipe.training.output_dir).exists()
+
+
+@pytest.mark.parametrize("kind", ["fp16", "fp8"])
+def test_mixed_precision_that_needs_a_scaled_loss_is_refused_before_anything_is_written(tmp_path, monkeypatch, kind):
+    recipe = make_recipe(tmp_path)
+    monkeypatch.setattr(loop, "Accelerator", lambda **_: SimpleNamespace(mixed_precision=kind))
+    with pytest.raises(ConfigError, match=rf"mixed precision {kind}.*expected no or bf16.*--mixed_precision bf16"):
+        train(recipe)
+    assert not Path(recipe.training.output_dir).exists()
+
+
+def test_mixed_precision_of_the_launcher_is_looked_at(tmp_path, monkeypatch):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    try:
+        with pytest.raises(ConfigError, match="mixed precision fp16"):
+            train(make_recipe(tmp_path))
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_bfloat16_autocast_trains_float32_weights(tmp_path):
