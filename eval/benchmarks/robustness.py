@@ -61,7 +61,9 @@ class Record:
         converged: of each sequence.
         evaluations: of each sequence.
         outcomes: how many sequences ended how.
-        residual: relative residual of each sequence at the end; inf where it is not finite.
+        reached: of each sequence, whether its residual as a whole was ever within rtol. The prefix scope asks it of every
+            position, which is more.
+        residual: relative residual of each sequence at the end; None where it is not finite.
         thrown_away: positions that had converged and whose residual, evaluated anew, is above the tolerance.
         seconds: of the whole batch.
         peak_states: peak bytes of live tensors in a solve of at most 20 steps, in units of one state's bytes; f's own
@@ -76,6 +78,7 @@ class Record:
     converged: list[bool]
     evaluations: list[int]
     outcomes: dict[str, int]
+    reached: list[bool]
     residual: list[float | None]
     thrown_away: int
     seconds: float
@@ -126,6 +129,7 @@ def measure(problem: suites.Problem, name: str, rtol: float, max_steps: int, rad
         converged=solution.converged.tolist(),
         evaluations=solution.num_evaluations.tolist(),
         outcomes=dict(Counter(Outcome(code).name for code in solution.outcome.tolist())),
+        reached=(solution.trace.relative_residual <= rtol).any(dim=0).tolist(),
         residual=_finite(solution.relative_residual),
         thrown_away=int(lost.sum()),
         seconds=seconds,
@@ -231,6 +235,7 @@ def losses(records: Sequence[Record]) -> list[dict[str, Any]]:
                         "radius": record.radius[index],
                         "solver": name,
                         "residual": record.residual[index],
+                        "reached": record.reached[index],
                         "solved_by": {other: chosen[other].evaluations[index] for other in solved_by},
                     }
                     found.append(case)
@@ -249,11 +254,22 @@ def loss_table(found: Sequence[dict[str, Any]]) -> str:
                 "-" if radius is None else f"{radius:.2f}",
                 case["solver"],
                 "not finite" if residual is None else f"{residual:.1e}",
+                "yes" if case["reached"] else "no",
                 ", ".join(f"{name}: {count}" for name, count in case["solved_by"].items()),
             ]
         )
     return _markdown(
-        ["problem", "sequence", "rtol", "radius", "not solved by", "residual", "solved by, evaluations"], rows
+        [
+            "problem",
+            "sequence",
+            "rtol",
+            "radius",
+            "not solved by",
+            "residual",
+            "reached as a whole",
+            "solved by, evaluations",
+        ],
+        rows,
     )
 
 
