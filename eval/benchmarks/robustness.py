@@ -67,7 +67,7 @@ class Record:
         thrown_away: positions that had converged and whose residual, evaluated anew, is above the tolerance.
         seconds: of the whole batch.
         peak_states: peak bytes of live tensors in a solve of at most 20 steps, in units of one state's bytes; f's own
-            tensors count.
+            tensors count, and the solver's small matrices, which are large beside the states of the classical problems.
     """
 
     problem: str
@@ -132,8 +132,8 @@ def measure(problem: suites.Problem, name: str, rtol: float, max_steps: int, rad
         reached=(solution.trace.relative_residual <= rtol).any(dim=0).tolist(),
         residual=_finite(solution.relative_residual),
         thrown_away=int(lost.sum()),
-        seconds=seconds,
-        peak_states=peak / (problem.z0.numel() * problem.z0.element_size()),
+        seconds=round(seconds, 4),
+        peak_states=round(peak / (problem.z0.numel() * problem.z0.element_size()), 1),
     )
 
 
@@ -273,6 +273,17 @@ def loss_table(found: Sequence[dict[str, Any]]) -> str:
     )
 
 
+def as_json(result: dict[str, Any]) -> str:
+    """Indented, but for the lists of records and losses, which have one entry a line."""
+    lists = {key: result[key] for key in ("losses", "records")}
+    head = json.dumps({key: value for key, value in result.items() if key not in lists}, indent=1, allow_nan=False)
+    tails = []
+    for key, entries in lists.items():
+        lines = ",\n  ".join(json.dumps(entry, allow_nan=False) for entry in entries)
+        tails.append(f' "{key}": [\n  {lines}\n ]')
+    return head.removesuffix("\n}") + ",\n" + ",\n".join(tails) + "\n}\n"
+
+
 def _counts(records: Sequence[Record]) -> tuple[str, str]:
     """Mean and largest evaluations of the converged sequences."""
     counts = [n for r in records for n, flag in zip(r.evaluations, r.converged, strict=True) if flag]
@@ -284,8 +295,8 @@ def _distinct(values: Iterable[Any]) -> list[Any]:
 
 
 def _finite(values: Tensor) -> list[float | None]:
-    """As JSON has them: None for what is not finite."""
-    return [value if abs(value) < float("inf") else None for value in values.tolist()]
+    """As JSON has them, to three digits: None for what is not finite."""
+    return [float(f"{value:.3g}") if abs(value) < float("inf") else None for value in values.tolist()]
 
 
 def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -329,7 +340,7 @@ def main() -> int:
             "losses": found,
             "records": [asdict(record) for record in records],
         }
-        arguments.output.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", "utf-8")
+        arguments.output.write_text(as_json(result), "utf-8")
         print(f"\nwritten to {arguments.output}")
     return 0
 
