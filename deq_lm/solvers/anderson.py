@@ -11,7 +11,7 @@ from deq_lm._types import FixedPointMap, Scope
 from deq_lm.solvers.base import FixedPointSolver, SolverState, evaluate
 from deq_lm.solvers.norms import rounding
 from deq_lm.solvers.scope import check_scope
-from deq_lm.solvers.secant_pairs import IMAGES, RESIDUALS, SecantPairs, check_restart_growth
+from deq_lm.solvers.secant_pairs import IMAGES, RESIDUALS, PairProducts, SecantPairs, check_restart_growth
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,9 @@ class AndersonState(SolverState):
 class Anderson(FixedPointSolver):
     """z <- f(z) - sum_j gamma_j delta_image_j with gamma minimizing ||residual - sum_j gamma_j delta_residual_j||.
 
-    The least-squares problem is solved by normal equations scaled to unit diagonal, with a ridge of that scale's rounding:
-    nothing in it has a unit, so scaling the problem scales the iterates. Where it cannot be solved the step is Picard's.
-    Keeps 2 x history_size states.
+    That is w_i = delta_residual_i (`secant_pairs`). The least-squares problem is solved by normal equations scaled to unit
+    diagonal, with a ridge of that scale's rounding: nothing in it has a unit, so scaling the problem scales the iterates.
+    Where it cannot be solved the step is Picard's. Keeps 2 x history_size states.
 
     Attributes:
         history_size: pairs kept, at least 1.
@@ -35,6 +35,7 @@ class Anderson(FixedPointSolver):
         scope: what inner products look at.
         restart_growth: a unit forgets its pairs where its residual is more than this times that of one step before (and the
             next time a little later); inf never does.
+        half_precision_history: keep the pairs in bfloat16, at half the memory; states and inner products stay as they are.
 
     Raises:
         ValueError: if a value is out of range.
@@ -47,6 +48,7 @@ class Anderson(FixedPointSolver):
     relaxation: float = 1.0
     scope: Scope = "prefix"
     restart_growth: float = 1.0
+    half_precision_history: bool = False
 
     def __post_init__(self) -> None:
         if self.history_size < 1:
@@ -61,7 +63,14 @@ class Anderson(FixedPointSolver):
         check_scope("Anderson", self.scope)
 
     def init(self, f: FixedPointMap, z0: Tensor) -> AndersonState:
-        pairs = SecantPairs(z0, self.history_size, self.scope, self.restart_growth)
+        pairs = SecantPairs(
+            z0,
+            self.history_size,
+            self.scope,
+            step_weight=0.0,
+            restart_growth=self.restart_growth,
+            half_precision=self.half_precision_history,
+        )
         return AndersonState(**vars(super().init(f, z0)), pairs=pairs)
 
     def step(self, f: FixedPointMap, state: SolverState, active: Tensor | None) -> AndersonState:
@@ -74,22 +83,17 @@ class Anderson(FixedPointSolver):
         pairs, damping = state.pairs, 1.0 - self.relaxation
         if len(pairs) == 0:
             return torch.sub(state.image, state.residual, alpha=damping) if damping else state.image
-        gamma = _coefficients(*pairs.measure(state.residual, active))
+        gamma = _least_squares(pairs.measure(state.residual, active))
         if not damping:
             return pairs.correct_(state.image.clone(memory_format=torch.contiguous_format), IMAGES, -gamma)
         proposal = torch.sub(state.image, state.residual, alpha=damping).contiguous()
         return pairs.correct_(pairs.correct_(proposal, IMAGES, -gamma), RESIDUALS, damping * gamma)
 
 
-def _coefficients(gram: Tensor, projections: Tensor, usable: Tensor) -> Tensor:
-    """gamma, (B, U, m), from what `SecantPairs.measure` gives."""
-    scale = gram.diagonal(dim1=-2, dim2=-1).sqrt()
-    usable = usable & (scale > 0)
-    scale = torch.where(usable, scale, 1.0)
-    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    matrix = gram / scale[..., :, None] / scale[..., None, :] + rounding(gram.dtype) * identity
-    matrix = torch.where(usable[..., :, None] & usable[..., None, :], matrix, identity)
-    gamma, failed = torch.linalg.solve_ex(matrix, torch.where(usable, projections / scale, 0.0))
-    gamma = gamma / scale
-    solved = (failed == 0)[..., None] & gamma.isfinite().all(dim=-1, keepdim=True)
-    return torch.where(solved, gamma, 0.0)
+def _least_squares(products: PairProducts) -> Tensor:
+    """gamma, (B, U, m), by normal equations of unit diagonal."""
+    gram = products.matrix
+    scale = torch.where(products.usable, gram.diagonal(dim1=-2, dim2=-1).sqrt(), 1.0)
+    ridge = rounding(gram.dtype) * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    matrix = gram / scale[..., :, None] / scale[..., None, :] + ridge
+    return products.solve(matrix, products.projections / scale) / scale

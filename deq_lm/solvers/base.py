@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from deq_lm._types import FixedPointMap, Scope
-from deq_lm.solvers.scope import hold, hold_
+from deq_lm.solvers.scope import hold
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class SolverState:
 
     Attributes:
         point: z, (B, L, ...).
-        image: f(z) of that very z (frozen units keep theirs).
+        image: f(z) of that very z.
         num_evaluations: evaluations of f so far, per call of f on the whole batch.
     """
 
@@ -61,9 +61,4 @@ class FixedPointSolver(ABC):
 def evaluate(f: FixedPointMap, proposal: Tensor, state: SolverState, active: Tensor | None) -> SolverState:
     """Move the active units to `proposal` and evaluate f there: the end of every step that costs one evaluation."""
     proposal = hold(active, proposal, state.point)  # rebound, so that the argument is freed before f runs
-    image = f(proposal)
-    if image.requires_grad:  # recorded, so not to be written to
-        image = hold(active, image, state.image)
-    else:
-        hold_(active, image, state.image)
-    return SolverState(proposal, image, state.num_evaluations + 1)
+    return SolverState(proposal, f(proposal), state.num_evaluations + 1)

@@ -1,4 +1,4 @@
-"""Broyden's method with limited memory: the first update over whole sequences, the second over causal prefixes."""
+"""Broyden's method with limited memory: the first update over whole sequences, a multisecant form over causal prefixes."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from torch import Tensor
 from deq_lm._types import FixedPointMap, Scope
 from deq_lm.errors import UnusedSettingWarning
 from deq_lm.solvers.base import FixedPointSolver, SolverState, evaluate
-from deq_lm.solvers.norms import rounding
-from deq_lm.solvers.scope import check_scope, split_units
-from deq_lm.solvers.secant_history import GramMatrix, SecantHistory
+from deq_lm.solvers.norms import unit_norm
+from deq_lm.solvers.scope import check_scope, over, split_units
+from deq_lm.solvers.secant_history import ProductMatrix, SecantHistory
 from deq_lm.solvers.secant_pairs import IMAGES, SecantPairs, check_restart_growth
 
 
 @dataclass(frozen=True)
-class FirstState(SolverState):
+class StepsState(SolverState):
     """Adds the newest steps and their Gram matrix (sequence scope)."""
 
     steps: SecantHistory
-    gram: GramMatrix
+    gram: ProductMatrix
 
 
 @dataclass(frozen=True)
-class SecondState(SolverState):
+class MultisecantState(SolverState):
     """Adds the `pairs` remembered (prefix scope)."""
 
     pairs: SecantPairs
@@ -42,61 +42,79 @@ class Broyden(FixedPointSolver):
     oldest ones stalls where one that starts over converges. On a linear map of dimension n with full history it ends within
     2n steps. Its unconverged iterates see the future.
 
-    `scope="prefix"` is Broyden's second ("bad") method, with every inner product a prefix sum: gamma solves the upper
-    triangle of the Gram matrix of residual differences, newest pair first. Its denominators are sums of squares and cannot
-    vanish alone, which the first method's can under prefix sums (it diverges there). It keeps 2 x history_size states, and
-    a prefix whose residual grows forgets its own (`SecantPairs`).
+    `scope="prefix"` is a multisecant form of the update, with every inner product a prefix sum, in which every secant
+    equation kept holds: H = -I + sum of the rank-one terms that w_i = delta_residual_i - step_i select (`secant_pairs`).
+    w_i = step_i would be the first method, whose denominators vanish under prefix sums, where it diverges; w_i =
+    delta_residual_i the second, which creeps where f barely contracts. For an eigenvalue l of f' the sum gives
+    <w, delta_residual> = (l - 1)(l - 2) ||step||^2, positive for all l < 1, led by the step near l = 1 and by the residual
+    where f is steep. It keeps 2 x history_size states; a prefix whose residual grows forgets its own, and none moves
+    further from f(z) than `max_step` times its residual.
 
     Attributes:
-        history_size: steps or pairs kept, at least 1; 15-20 lose no evaluation to a full history on trained cells.
+        history_size: steps or pairs kept, at least 1.
         scope: what inner products look at.
         restart_growth: prefix scope only: a prefix forgets its pairs where its residual is more than this times that of one
             step before (and the next time a little later); inf never does.
+        max_step: prefix scope only: longest correction of the Picard step, in residuals of the prefix; inf sets no limit.
+        half_precision_history: keep it in bfloat16, at half the memory; states and inner products stay as they are.
 
     Raises:
         ValueError: if a value is out of range.
 
     References:
-        Broyden 1965, Math. Comp. 19. Kelley 1995, "Iterative methods for linear and nonlinear equations", section 7.3.
-        Gay 1979 (termination in 2n steps). Bai, Kolter, Koltun 2019, "Deep equilibrium models", section 3.1.
+        Broyden 1965, Math. Comp. 19. Gay 1979 (termination in 2n steps). Kelley 1995, "Iterative methods for linear and
+        nonlinear equations", section 7.3. Fang, Saad 2009 (multisecant updates). Bai, Kolter, Koltun 2019, "Deep
+        equilibrium models", section 3.1.
     """
 
-    history_size: int = 16
+    history_size: int = 8
     scope: Scope = "prefix"
     restart_growth: float = 1.0
+    max_step: float = 10.0
+    half_precision_history: bool = False
 
     def __post_init__(self) -> None:
         if self.history_size < 1:
             raise ValueError(f"Broyden(history_size={self.history_size}): expected 1 or more pairs; Picard keeps none.")
         check_restart_growth("Broyden", self.restart_growth)
         check_scope("Broyden", self.scope)
-        if self.scope == "sequence" and self.restart_growth != type(self).restart_growth:
-            warnings.warn(
-                f"Broyden(scope='sequence', restart_growth={self.restart_growth}): restart_growth has no effect there.",
-                UnusedSettingWarning,
-                stacklevel=2,
-            )
+        if not self.max_step > 0.0:
+            raise ValueError(f"Broyden(max_step={self.max_step}): expected a value above 0; inf sets no limit.")
+        for name in ("restart_growth", "max_step"):
+            if self.scope == "sequence" and getattr(self, name) != getattr(type(self), name):
+                warnings.warn(
+                    f"Broyden(scope='sequence', {name}={getattr(self, name)}): {name} has no effect under this scope.",
+                    UnusedSettingWarning,
+                    stacklevel=2,
+                )
 
-    def init(self, f: FixedPointMap, z0: Tensor) -> FirstState | SecondState:
+    def init(self, f: FixedPointMap, z0: Tensor) -> StepsState | MultisecantState:
         start = super().init(f, z0)
         units = split_units(z0, self.scope)
         if self.scope == "sequence":
-            steps = SecantHistory(units, self.history_size, num_rings=1)
-            return FirstState(**vars(start), steps=steps, gram=GramMatrix(units, self.history_size))
-        pairs = SecantPairs(z0, self.history_size, self.scope, self.restart_growth)
-        return SecondState(**vars(start), pairs=pairs)
+            steps = SecantHistory(units, self.history_size, num_rings=1, half_precision=self.half_precision_history)
+            return StepsState(**vars(start), steps=steps, gram=ProductMatrix(units, self.history_size))
+        pairs = SecantPairs(
+            z0,
+            self.history_size,
+            self.scope,
+            step_weight=1.0,
+            restart_growth=self.restart_growth,
+            half_precision=self.half_precision_history,
+        )
+        return MultisecantState(**vars(start), pairs=pairs)
 
-    def step(self, f: FixedPointMap, state: SolverState, active: Tensor | None) -> FirstState | SecondState:
-        if isinstance(state, FirstState):
+    def step(self, f: FixedPointMap, state: SolverState, active: Tensor | None) -> StepsState | MultisecantState:
+        if isinstance(state, StepsState):
             new = evaluate(f, state.point + self._first_step(state), state, active)
-            return FirstState(**vars(new), steps=state.steps, gram=state.gram)
-        assert isinstance(state, SecondState)
-        new = evaluate(f, self._second_proposal(state, active), state, active)
+            return StepsState(**vars(new), steps=state.steps, gram=state.gram)
+        assert isinstance(state, MultisecantState)
+        new = evaluate(f, self._multisecant_proposal(state, active), state, active)
         state.pairs.append(new, state)
-        return SecondState(**vars(new), pairs=state.pairs)
+        return MultisecantState(**vars(new), pairs=state.pairs)
 
     @staticmethod
-    def _first_step(state: FirstState) -> Tensor:
+    def _first_step(state: StepsState) -> Tensor:
         """-H residual, (B, L, ...), stored as the newest step."""
         steps, gram = state.steps, state.gram
         if steps.is_full:
@@ -107,18 +125,22 @@ class Broyden(FixedPointSolver):
             weights, scale = _first_weights(gram.oldest_first(steps), projections)
             steps.combine_(step, 0, steps.slots(weights))
             step *= scale[..., None]
-        (row,) = steps.advance()
-        row.copy_(step)
-        gram.update(steps, steps.products(0, step))
+        steps.advance()[0].copy_(step)
+        row = steps.products(0, step)
+        gram.update(steps, row, row)
         return step.view_as(state.point)
 
-    @staticmethod
-    def _second_proposal(state: SecondState, active: Tensor | None) -> Tensor:
+    def _multisecant_proposal(self, state: MultisecantState, active: Tensor | None) -> Tensor:
         pairs = state.pairs
         if len(pairs) == 0:
             return state.image
-        gamma = _second_weights(*pairs.measure(state.residual, active))
-        return pairs.correct_(state.image.clone(memory_format=torch.contiguous_format), IMAGES, -gamma)
+        products = pairs.measure(state.residual, active)
+        gamma = products.solve(products.matrix, products.projections)
+        proposal = pairs.correct_(torch.zeros_like(state.image, memory_format=torch.contiguous_format), IMAGES, -gamma)
+        length = unit_norm(proposal, self.scope)
+        allowed = self.max_step * unit_norm(state.residual, self.scope)
+        factor = torch.where(length > allowed, allowed / length, 1.0)
+        return proposal.mul_(over(factor, proposal)).add_(state.image)
 
 
 def _first_weights(gram: Tensor, projections: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,15 +163,3 @@ def _first_weights(gram: Tensor, projections: Tensor) -> tuple[Tensor, Tensor]:
     scale = 1.0 / (1.0 - along_newest)
     finite = weights.isfinite().all(dim=-1) & scale.isfinite()
     return torch.where(finite[..., None], weights, 0.0), torch.where(finite, scale, 1.0)
-
-
-def _second_weights(gram: Tensor, projections: Tensor, usable: Tensor) -> Tensor:
-    """gamma, (B, U, m), from what `SecantPairs.measure` gives."""
-    squares = torch.where(usable, gram.diagonal(dim1=-2, dim2=-1), 0.0)
-    # A difference that is rounding of the larger ones says nothing about the map.
-    usable = usable & (squares > rounding(gram.dtype) ** 2 * squares.amax(dim=-1, keepdim=True))
-    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    triangle = torch.where(usable[..., :, None], gram, identity)
-    right = torch.where(usable, projections, 0.0)
-    gamma = torch.linalg.solve_triangular(triangle, right[..., None], upper=True).squeeze(-1)
-    return torch.where(gamma.isfinite().all(dim=-1, keepdim=True), gamma, 0.0)

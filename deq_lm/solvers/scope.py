@@ -36,15 +36,9 @@ def accumulate(local: Tensor) -> Tensor:
 
 def hold(active: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
     """`new` where a unit is active, `old` where it is frozen; states are (B, L, ...), `active` is (B, U) or None (all)."""
-    return new if active is None else torch.where(_over(active, new), new, old)
+    return new if active is None else torch.where(over(active, new), new, old)
 
 
-def hold_(active: Tensor | None, new: Tensor, old: Tensor) -> None:
-    """`hold`, written into `new`."""
-    if active is not None:
-        torch.where(_over(active, new), new, old, out=new)
-
-
-def _over(active: Tensor, state: Tensor) -> Tensor:
-    """(B, U) to (B, U, 1, ...), to be broadcast over a state."""
-    return active.reshape(*active.shape, *(1,) * (state.dim() - 2))
+def over(units: Tensor, state: Tensor) -> Tensor:
+    """A value per unit, (B, U), as (B, U, 1, ...), to be broadcast over a state (B, L, ...)."""
+    return units.reshape(*units.shape, *(1,) * (state.dim() - 2))

@@ -17,8 +17,9 @@ class SecantHistory:
         rings: (capacity, B, U, N) each.
     """
 
-    def __init__(self, like: Tensor, capacity: int, *, num_rings: int, dtype: torch.dtype | None = None) -> None:
-        """Room for `capacity` rows of states split into units, (B, U, N), in each ring; None keeps the states' dtype."""
+    def __init__(self, like: Tensor, capacity: int, *, num_rings: int, half_precision: bool) -> None:
+        """Room for `capacity` rows of states split into units, (B, U, N), in each ring; in bfloat16, or as wide as they."""
+        dtype = torch.bfloat16 if half_precision else like.dtype
         self.rings = tuple(like.new_empty((capacity, *like.shape), dtype=dtype) for _ in range(num_rings))
         self._usable = torch.zeros((*like.shape[:2], capacity), dtype=torch.bool, device=like.device)
         self._capacity = capacity
@@ -88,17 +89,17 @@ class SecantHistory:
         return tensor.roll((shift,) * num_axes, tuple(range(-num_axes, 0)))
 
 
-class GramMatrix:
-    """<row_i, row_j> of one ring, (B, U, m, m), symmetric, kept up to date row by row."""
+class ProductMatrix:
+    """Inner products of the rows of one ring with those of another, (B, U, m, m), kept up to date row by row."""
 
     def __init__(self, like: Tensor, capacity: int) -> None:
         self._entries = like.new_zeros((*like.shape[:2], capacity, capacity))
 
-    def update(self, history: SecantHistory, row: Tensor) -> None:
-        """Set the newest row's products with all stored rows, (B, U, stored)."""
+    def update(self, history: SecantHistory, row: Tensor, column: Tensor) -> None:
+        """Set the products of the first ring's newest row, and those with the second's, (B, U, stored) each, by slots."""
         stored, newest = len(history), history.newest
+        self._entries[:, :, :stored, newest] = column
         self._entries[:, :, newest, :stored] = row
-        self._entries[:, :, :stored, newest] = row
 
     def oldest_first(self, history: SecantHistory) -> Tensor:
         """(B, U, stored, stored), oldest row first."""

@@ -3,8 +3,8 @@
 A unit is a sequence, or under the prefix scope the prefix that ends at position t, and norms are over all of it: it has
 converged at the first step at which ||f(z) - z|| <= atol + rtol ||f(z)|| holds for it and every shorter prefix. When and
 why position t stops is thus a function of tokens <= t, and every prefix is solved as well as it would be if the text ended
-there. A unit that has stopped is frozen; it may stop only together with or after all units before it, so that the image of
-a frozen unit stays the image of what is returned. (A unit that diverges is frozen at once; `solve` repairs its image.)
+there. A unit that has stopped is frozen. It may stop only together with or after all units before it, whose later moves
+would change its image; but one that diverges is frozen at once.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from deq_lm.solvers.norms import unit_norm
 from deq_lm.solvers.stopping import Progress
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import problems as suites
+import problem_suite as suites
 
 EPILOG = """examples:
   python eval/benchmarks/robustness.py --output eval/results/robustness.json

@@ -75,7 +75,9 @@ class Problem:
 
         return replace(f, evaluate=counted)
 
-    def gradient(self, forward: Callable[[BoundCell, Tensor], Tensor], counters: Counters | None = None) -> list[Tensor]:
+    def gradient(
+        self, forward: Callable[[BoundCell, Tensor], Tensor], counters: Counters | None = None
+    ) -> list[Tensor]:
         output = forward(self.bind(counters), torch.zeros_like(self.x))
         return list(torch.autograd.grad(output, self.parameters, self.cotangent))
 
@@ -192,7 +194,9 @@ def main() -> int:
                     "products": counters.products,
                     "saved MB": saved_bytes(run, besides=[*problem.parameters, x]) / 1e6,
                     "peak MB": peak_live_bytes(run) / 1e6,
-                    "gradient error": None if name.startswith(("unrolled", "checkpointed")) else relative_error(found, exact),
+                    "gradient error": None
+                    if name.startswith(("unrolled", "checkpointed"))
+                    else relative_error(found, exact),
                 }
             )
         title = f"relative residual {rtol:g}, at most {arguments.max_steps} steps"

@@ -25,7 +25,7 @@ def load(name: str) -> ModuleType:
 @pytest.fixture
 def problems(monkeypatch) -> ModuleType:
     monkeypatch.setattr(sys, "modules", dict(sys.modules))
-    return load("problems")
+    return load("problem_suite")
 
 
 @pytest.fixture

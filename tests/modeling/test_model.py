@@ -194,6 +194,7 @@ def test_config_json_holds_every_value_in_force(tmp_path):
         "relaxation": 1.0,
         "scope": "prefix",
         "restart_growth": 1.0,
+        "half_precision_history": False,
     }
     assert saved["adjoint"]["solver"]["name"] == "broyden"
     assert DEQLMConfig.from_pretrained(tmp_path).solver == saved["solver"]

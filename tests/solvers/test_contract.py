@@ -1,5 +1,7 @@
 """What every solver must do, under both scopes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from problems import Problem, all_problems, linear, rotation, solution_at_zero, tanh
@@ -15,7 +17,7 @@ SOLVERS = [
         (Anderson, {}),
         (Anderson, {"relaxation": 0.8, "history_size": 3}),
         (Broyden, {}),
-        (Broyden, {"history_size": 12}),
+        (Broyden, {"history_size": 16}),
         (Broyden, {"history_size": 1}),
     ]
 ]
@@ -314,6 +316,16 @@ def test_under_autocast_f_runs_in_half_precision_and_the_solver_does_not(solver:
     assert torch.equal(mixed.z, plain.z)
 
 
+@pytest.mark.parametrize("solver", ACCELERATED, ids=describe)
+def test_a_half_precision_history_still_finds_the_solution_to_full_precision(solver: FixedPointSolver):
+    problem = tanh()
+    solver = replace(solver, half_precision_history=True)  # type: ignore[type-var]
+    solution = solve(problem.f, problem.z0, solver=solver, stopping=TIGHT)
+    assert solution.converged.all()
+    assert solution.z.dtype == torch.float64
+    torch.testing.assert_close(solution.z, problem.z_star, rtol=0, atol=1e-8)
+
+
 @every_solver
 def test_a_half_precision_image_is_widened(solver: FixedPointSolver):
     solution = solve(lambda z: (0.5 * z + 1).bfloat16(), torch.zeros(2, 3, 4), solver=solver)
@@ -386,6 +398,7 @@ def test_only_picard_can_be_differentiated_through():
         (lambda: Anderson(relaxation=1.5), r"Anderson\(relaxation=1.5\)"),
         (lambda: Broyden(history_size=0), r"Broyden\(history_size=0\): expected 1 or more"),
         (lambda: Broyden(restart_growth=0.0), r"Broyden\(restart_growth=0.0\): expected a value above 0"),
+        (lambda: Broyden(max_step=0.0), r"Broyden\(max_step=0.0\): expected a value above 0"),
         (lambda: Anderson(restart_growth=-1.0), r"Anderson\(restart_growth=-1.0\): expected a value above 0"),
         (lambda: Broyden(scope="suffix"), r"Broyden\(scope='suffix'\): expected 'prefix'"),  # type: ignore[arg-type]
         (lambda: StoppingRule(max_steps=-1), r"max_steps=-1"),
