@@ -23,7 +23,8 @@ class Implicit(Adjoint):
     """The exact gradient of the equilibrium, up to the residuals of both solves.
 
     Attributes:
-        solver: solves the (linear) adjoint equation. J^T carries influence from later to earlier positions, so the prefix
+        solver: solves the (linear) adjoint equation. Coefficients that look at the whole sequence leak nothing into a
+            probability here, and need the least memory. J^T carries influence from later to earlier positions, so a prefix
             scope is applied to reversed time: inner products at t run over positions >= t.
         stopping: its own rule. Only relative tolerances make sense here, gradients have no natural size.
 
@@ -31,7 +32,9 @@ class Implicit(Adjoint):
         Bai, Kolter, Koltun 2019, "Deep equilibrium models", theorem 1.
     """
 
-    solver: FixedPointSolver = field(default_factory=Broyden)
+    solver: FixedPointSolver = field(
+        default_factory=lambda: Broyden(scope="sequence", history_size=12, half_precision_history=True)
+    )
     stopping: StoppingRule = field(default_factory=StoppingRule)
 
     def apply(

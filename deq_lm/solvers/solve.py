@@ -98,20 +98,25 @@ class _Run:
         """Step until every unit has stopped."""
         for step in range(self.stopping.max_steps):
             active: Tensor | None = self.progress.active
-            if step % self.stopping.check_every == 0:  # one synchronization for both questions
-                any_active, all_active = torch.stack([active.any(), active.all()]).tolist()
+            is_best = self.progress.improved | (self.progress.outcome == Outcome.CONVERGED)  # or needs no better one
+            all_best = False
+            if step % self.stopping.check_every == 0:  # one synchronization for all questions
+                questions = torch.stack([active.any(), active.all(), is_best.all()])
+                any_active, all_active, all_best = questions.tolist()
                 if not any_active:
-                    return
+                    break
                 if all_active and self.stopping.check_every == 1:
                     active = None
+            if keep_best:  # a copy only if the best states come from different steps
+                self.best_point = self.state.point if all_best else hold(is_best, self.state.point, self.best_point)
             evaluations_before = self.state.num_evaluations
             self.state = solver.step(self.f, self.state, active)
             norm, image_norm = self._norms()
             self.trace.append((norm[:, -1], image_norm[:, -1]))
             num_evaluations = self.state.num_evaluations - evaluations_before
             self.progress = self.stopping.advance(self.progress, norm, image_norm, num_evaluations)
-            if keep_best:
-                self.best_point = hold(self.progress.improved, self.state.point, self.best_point)
+        if keep_best:
+            self.best_point = hold(self.progress.improved, self.state.point, self.best_point)
 
     def failed(self) -> Tensor:
         """Units that diverged or met something not finite, (B, U) bool."""
