@@ -15,7 +15,8 @@ training.output_dir, which must be new or empty, or be continued with --resume: 
 checkpoint, or from the start if there is none yet.
 
 exit codes: 0 done; 2 a mistake in the call, the recipe, the data or the run folder; 3 the loss stopped
-being finite; 130, 143 stopped by SIGINT, SIGTERM after saving a checkpoint.
+being finite, or adjoint solves stopped converging and training.unconverged_adjoint says to end the run;
+130, 143 stopped by SIGINT, SIGTERM after saving a checkpoint.
 """
 
 
@@ -32,14 +33,14 @@ def main() -> int:
     logging.basicConfig(level=logging.WARNING, format="train_lm: %(message)s")
 
     # torch and transformers take seconds to import, which --help and a mistyped option need not wait for
-    from deq_lm.errors import CheckpointError, ConfigError, DataError
+    from deq_lm.errors import CheckpointError, ConfigError, DataError, SolveError
     from deq_lm.training import load_recipe, train
 
     try:
         signal_number = train(load_recipe(arguments.recipe, arguments.overrides), resume=arguments.resume)
-    except (CheckpointError, ConfigError, DataError, FloatingPointError) as error:
+    except (CheckpointError, ConfigError, DataError, FloatingPointError, SolveError) as error:
         print(f"train_lm: {error}", file=sys.stderr)
-        return 3 if isinstance(error, FloatingPointError) else 2
+        return 3 if isinstance(error, FloatingPointError | SolveError) else 2
     return 0 if signal_number is None else 128 + signal_number
 
 

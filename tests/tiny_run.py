@@ -53,6 +53,7 @@ def recipe_mapping(folder: Path) -> dict[str, Any]:
             "clip_norm": 1.0,
             "pretraining": {"fraction": 0.25, "num_layers": 2},
             "jacobian": {"weight": 0.1, "probability": 0.5},
+            "unconverged_adjoint": {"policy": "warn", "residual": 0.1},
             "mixed_precision": None,
             "log_every": 1,
             "evaluate_every": 4,

@@ -51,6 +51,7 @@ MAY_CHANGE = (
     "recipe.data.cache_dir",
     "recipe.training.output_dir",
     "recipe.training.max_steps",
+    "recipe.training.unconverged_adjoint",
     "recipe.training.log_every",
     "recipe.training.evaluate_every",
     "recipe.training.checkpoint_every",
@@ -59,7 +60,8 @@ MAY_CHANGE = (
     "recipe.evaluation",
 )
 """Settings a run may be continued with another value of: they decide no update of the weights, or are meant to be
-raised (max_steps), or are compared in another form (the model by its configuration, the data by a fingerprint)."""
+raised (max_steps), or to be given up (unconverged_adjoint, that a run it has ended may go on), or are compared in another
+form (the model by its configuration, the data by a fingerprint)."""
 
 logger = logging.getLogger(__name__)
 
@@ -72,12 +74,14 @@ class Progress:
         step: steps taken, the skipped ones included.
         num_tokens: targets trained on.
         num_skipped: steps whose update was left out because a loss or gradient was not finite.
-        num_skipped_in_a_row: of these, how many directly precede now.
+        num_skipped_unconverged: likewise, because an adjoint solve did not converge.
+        num_skipped_in_a_row: of both, how many directly precede now.
     """
 
     step: int = 0
     num_tokens: int = 0
     num_skipped: int = 0
+    num_skipped_unconverged: int = 0
     num_skipped_in_a_row: int = 0
 
 

@@ -7,9 +7,12 @@ scheduler would step once per process.
 
 from __future__ import annotations
 
+import math
 import random
 import signal
 import time
+import warnings
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from itertools import islice
@@ -24,23 +27,24 @@ from transformers.utils.logging import disable_progress_bar
 
 from deq_lm.data.encoding import EncodedCorpus, prepare
 from deq_lm.data.streams import ContiguousStreams
-from deq_lm.errors import ConfigError
+from deq_lm.errors import ConfigError, SolveError
 from deq_lm.evaluation import PerplexityResult, evaluate, evaluate_perplexity, render, write_result
 from deq_lm.modeling import DEQLMForCausalLM, build_config
 from deq_lm.modeling.configuration_deq_lm import ModelSettings
+from deq_lm.solvers import Solution
 from deq_lm.structure import to_mapping
 from deq_lm.training import checkpoint
-from deq_lm.training.checkpoint import Identity, TrainingState
+from deq_lm.training.checkpoint import Identity, Progress, TrainingState
 from deq_lm.training.durable import begin_folder, publish_folder
 from deq_lm.training.optimizer import make_optimizer
 from deq_lm.training.process import StopSignal, warn_of_missing_processes
-from deq_lm.training.recipe import Recipe
+from deq_lm.training.recipe import Recipe, TrainingConfig
 from deq_lm.training.run_folder import RunFolder
 from deq_lm.training.schedules import make_schedule
 from deq_lm.training.tracking import Interval, Tracker, summarize
 
 MAX_SKIPPED_IN_A_ROW = 10
-"""Steps in a row whose loss or gradient was not finite before a run gives up."""
+"""Steps in a row without an update before a run gives up."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +53,16 @@ class StepResult:
 
     Attributes:
         grad_norm: global norm of the gradient before clipping.
-        finite: whether loss and gradient were finite on every process, and the weights were updated.
+        adjoint_residual: largest relative residual of an adjoint solve, inf for one that is not a number; 0 without any.
+        finite: whether loss and gradient were finite on every process.
+        unconverged: whether they were, and an adjoint solve did not converge (`UnconvergedAdjointConfig`).
         interrupted: whether a process has been asked to stop.
     """
 
     grad_norm: float
+    adjoint_residual: float
     finite: bool
+    unconverged: bool
     interrupted: bool
 
 
@@ -71,7 +79,9 @@ def train(recipe: Recipe, *, resume: bool = False) -> int | None:
 
     Raises:
         ConfigError, DataError, CheckpointError: before anything is written.
-        FloatingPointError: loss or gradient were not finite `MAX_SKIPPED_IN_A_ROW` times in a row.
+        FloatingPointError: there was no update `MAX_SKIPPED_IN_A_ROW` times in a row, and the last time because loss or
+            gradient were not finite.
+        SolveError: the last time because an adjoint solve did not converge; or it did not once, if the recipe says so.
     """
     settings = recipe.training
     accelerator = Accelerator(mixed_precision=settings.mixed_precision)
@@ -141,15 +151,13 @@ def train(recipe: Recipe, *, resume: bool = False) -> int | None:
             tracker.advance()
             if not result.finite:
                 tracker.say(f"step {progress.step}: loss or gradient not finite; update skipped, memory dropped")
-                if progress.num_skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
-                    raise FloatingPointError(
-                        f"step {progress.step}: loss or gradient not finite for {MAX_SKIPPED_IN_A_ROW} steps in a row; "
-                        "begin a new run with a lower training.optimizer.lr or training.clip_norm."
-                    )
+            give_up_if_hopeless(result, progress, settings)
             if is_due(progress.step, settings.log_every):
                 metrics = summarize(gather_object([state.interval]))
                 grad_norm = result.grad_norm if result.finite else None
                 tracker.log(progress.step, "train", {**metrics, "lr": lr, "grad_norm": grad_norm})
+                if metrics["adjoint_unconverged"] and settings.unconverged_adjoint.policy != "ignore":
+                    tracker.say(describe_unconverged(progress.step, state.interval, metrics, settings))
                 state.interval = Interval()
             if is_due(progress.step, settings.evaluate_every):
                 validate(accelerator, model, corpus, recipe, tracker, progress.step)
@@ -208,39 +216,99 @@ def train_step(
             solves = {"solver": output.solution, "adjoint": state.model.adjoint_solution}
             for name, solution in solves.items():
                 if solution is not None:
-                    measured.setdefault(f"{name}_evaluations", []).append(solution.num_evaluations)
-                    measured.setdefault(f"{name}_residuals", []).append(solution.relative_residual)
+                    for fact, values in facts_of(solution, unrolled=state.model.config.depth == "unrolled").items():
+                        measured.setdefault(f"{name}_{fact}", []).append(values)
 
     norm = accelerator.clip_grad_norm_(model.parameters(), settings.clip_norm or float("inf"))
     assert isinstance(norm, Tensor)
     not_finite = ~(torch.isfinite(nll_nats) & torch.isfinite(norm))
     facts = torch.stack([nll_nats, not_finite.to(nll_nats), torch.full_like(nll_nats, stop_requested)])
+    largest = nll_nats.new_zeros(accelerator.num_processes)  # a place for each process, so that their sum holds all
+    if "adjoint_residuals" in measured:
+        largest[accelerator.process_index] = torch.cat(measured["adjoint_residuals"]).max()  # NaN, if there is one
+    facts = torch.cat([facts, largest])
     # Skipping and stopping are decided by all processes alike, from sums; the norm is that of all of them already.
     total = cast(Tensor, accelerator.reduce(facts, "sum"))
     pooled = {name: torch.cat(tensors).to(total) for name, tensors in measured.items()}
     numbers = iter(torch.cat([total, norm.to(total)[None], *pooled.values()]).tolist())  # the wait for the device
-    total_nats, num_not_finite, num_stops, grad_norm = islice(numbers, 4)
+    total_nats, num_not_finite, num_stops = islice(numbers, 3)
+    adjoint_residual = max(math.inf if math.isnan(number) else number for number in islice(numbers, len(largest)))
+    grad_norm = next(numbers)
 
     progress.step += 1
     progress.num_tokens += num_targets
     finite = num_not_finite == 0
+    unconverged = finite and adjoint_residual > settings.unconverged_adjoint.residual
     if finite:
-        state.optimizer.step()
-        progress.num_skipped_in_a_row = 0
         interval.nll_nats += total_nats
         interval.num_targets += num_targets
+        interval.num_unconverged += unconverged
     else:
         state.memory = None  # it came from the same pass, and would carry what was not finite on
         progress.num_skipped += 1
-        progress.num_skipped_in_a_row += 1
         interval.num_skipped += 1
+    updates = finite and (settings.unconverged_adjoint.updates or not unconverged)
+    if updates:
+        state.optimizer.step()
+        progress.num_skipped_in_a_row = 0
+    else:
+        progress.num_skipped_unconverged += unconverged
+        progress.num_skipped_in_a_row += 1
+        interval.num_skipped_unconverged += unconverged
     state.optimizer.zero_grad()
-    state.schedule.step()
+    with nullcontext() if updates else warnings.catch_warnings():
+        if not updates:  # PyTorch takes a first step without an update for a mistake; here the rate is the step's
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
+        state.schedule.step()
     for name, values in pooled.items():
         getattr(interval, name).extend(islice(numbers, len(values)))
     interval.num_steps += 1
     interval.seconds += time.perf_counter() - start
-    return StepResult(grad_norm=grad_norm, finite=finite, interrupted=num_stops > 0)
+    return StepResult(
+        grad_norm=grad_norm,
+        adjoint_residual=adjoint_residual,
+        finite=finite,
+        unconverged=unconverged,
+        interrupted=num_stops > 0,
+    )
+
+
+def facts_of(solution: Solution, *, unrolled: bool) -> dict[str, Tensor]:
+    """What an `Interval` keeps of a solve, or of the evaluations of an unrolled model, (B,) each."""
+    facts = {"evaluations": solution.num_evaluations, "residuals": solution.relative_residual}
+    return facts if unrolled else {**facts, "converged": solution.converged, "fallbacks": solution.used_fallback}
+
+
+def give_up_if_hopeless(result: StepResult, progress: Progress, settings: TrainingConfig) -> None:
+    """Raise if the step at hand must be the last, before anything is written of it; on all processes or none."""
+    policy, limit = settings.unconverged_adjoint.policy, settings.unconverged_adjoint.residual
+    too_many = progress.num_skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW
+    if too_many and not result.finite:
+        raise FloatingPointError(
+            f"step {progress.step}: loss or gradient not finite, and no update for {MAX_SKIPPED_IN_A_ROW} steps in a "
+            "row; begin a new run with a lower training.optimizer.lr or training.clip_norm."
+        )
+    if result.unconverged and (too_many or policy == "raise"):
+        count = f"; no update for {MAX_SKIPPED_IN_A_ROW} steps in a row" if policy == "skip" else ""
+        raise SolveError(
+            f"step {progress.step}: an adjoint solve did not converge (relative residual {result.adjoint_residual:.2g}, "
+            f"above training.unconverged_adjoint.residual={limit}){count}. The checkpoints are as they were: continue "
+            "with --resume and training.unconverged_adjoint.policy=warn, or begin a new run with a larger "
+            "model.adjoint.stopping.max_steps or training.jacobian.weight, or a lower training.optimizer.lr."
+        )
+
+
+def describe_unconverged(
+    step: int, interval: Interval, metrics: Mapping[str, float | int | None], settings: TrainingConfig
+) -> str:
+    """The steps of an interval of which an adjoint solve did not converge, in one line."""
+    largest = metrics["adjoint_residual_max"]
+    return (
+        f"step {step}: warning: an adjoint solve did not converge in {interval.num_unconverged} of {interval.num_steps} "
+        f"steps (relative residual up to {math.inf if largest is None else largest:.2g}, above "
+        f"{settings.unconverged_adjoint.residual}); their updates "
+        + ("were made with inexact gradients" if settings.unconverged_adjoint.updates else "were skipped")
+    )
 
 
 def validate(

@@ -11,13 +11,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+from warnings import warn
 
 import yaml
 
+from deq_lm.adjoints import Implicit
 from deq_lm.data.encoding import DataConfig
-from deq_lm.errors import ConfigError
+from deq_lm.errors import ConfigError, UnusedSettingWarning
 from deq_lm.evaluation import EvaluationConfig
 from deq_lm.modeling import build_config
+from deq_lm.modeling.builders import build_adjoint
 from deq_lm.structure import build, to_mapping
 from deq_lm.training.optimizer import OptimizerConfig
 from deq_lm.training.schedules import ScheduleConfig
@@ -66,6 +69,35 @@ class JacobianConfig:
 
 
 @dataclass(frozen=True)
+class UnconvergedAdjointConfig:
+    """What becomes of a step of which an adjoint solve did not converge, so that its gradient is not that of the loss.
+
+    One with a loss or gradient that is not finite is skipped anyway and not counted here, nor is one without an adjoint
+    solve: of shallow pretraining, or of a model with another adjoint than `implicit`.
+
+    Attributes:
+        policy: "ignore" only counts such steps in the metrics; "warn" reports them in the log, once per `log_every`
+            steps; "skip" reports them and leaves their updates out, though not their memory and loss, which the adjoint
+            solve has no part in; "raise" ends the run before the update and without a checkpoint of the step.
+        residual: largest relative residual of an adjoint solve, over the sequences and segments of the step in all
+            processes, that still counts as converged; > 0 and at least `rtol` of `model.adjoint.stopping`. One that is
+            not finite never does.
+    """
+
+    policy: Literal["ignore", "warn", "skip", "raise"]
+    residual: float
+
+    def __post_init__(self) -> None:
+        if not self.residual > 0:
+            raise ValueError(f"residual={self.residual}: expected more than 0; no solve gets there.")
+
+    @property
+    def updates(self) -> bool:
+        """Whether such a step updates the weights."""
+        return self.policy in ("ignore", "warn")
+
+
+@dataclass(frozen=True)
 class TrainingConfig:
     """How to train. One step is one update of the weights.
 
@@ -80,6 +112,7 @@ class TrainingConfig:
         clip_norm: largest global gradient norm, or None for no clipping.
         pretraining: shallow pretraining, or None.
         jacobian: Jacobian regularization, or None.
+        unconverged_adjoint: see `UnconvergedAdjointConfig`.
         mixed_precision: "bf16" runs the cell under autocast; None leaves it to `accelerate launch`.
         log_every: steps between lines of metrics.
         evaluate_every: steps between evaluations of the validation split, or None.
@@ -98,6 +131,7 @@ class TrainingConfig:
     clip_norm: float | None
     pretraining: PretrainingConfig | None
     jacobian: JacobianConfig | None
+    unconverged_adjoint: UnconvergedAdjointConfig
     mixed_precision: Literal["bf16"] | None
     log_every: int
     evaluate_every: int | None
@@ -163,7 +197,21 @@ class Recipe:
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed={self.seed}: expected a whole number from 0 to 2**32 - 1.")
-        build_config(self.model, vocab_size=ANY_VOCAB_SIZE)  # raises on a wrong section
+        config = build_config(self.model, vocab_size=ANY_VOCAB_SIZE)  # raises on a wrong section
+        unconverged = self.training.unconverged_adjoint
+        adjoint = None if config.depth == "unrolled" else build_adjoint(config.adjoint, "model.adjoint")
+        if not isinstance(adjoint, Implicit):
+            if unconverged.policy != "ignore":
+                warn(
+                    f"no effect in a model without an adjoint solve: training.unconverged_adjoint.policy="
+                    f"{unconverged.policy}. Give ignore, or model.adjoint.name=implicit.",
+                    UnusedSettingWarning,
+                )
+        elif unconverged.residual < adjoint.stopping.rtol:
+            raise ValueError(
+                f"training.unconverged_adjoint.residual={unconverged.residual}: expected at least "
+                f"model.adjoint.stopping.rtol={adjoint.stopping.rtol}, at which a solve has converged."
+            )
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -24,14 +24,20 @@ class Interval:
 
     Attributes:
         num_steps: steps taken.
-        num_targets: targets of the steps that counted, over all processes.
+        num_targets: targets of the steps whose loss and gradient were finite, over all processes.
         nll_nats: their summed loss, over all processes.
         seconds: time spent in the steps.
         num_skipped: steps without an update, because a loss or gradient was not finite.
+        num_unconverged: other steps of which an adjoint solve did not converge, see `UnconvergedAdjointConfig`.
+        num_skipped_unconverged: of these, the steps without an update.
         solver_evaluations: evaluations of the cell, one number per solved sequence.
         solver_residuals: relative residual of the same solves.
+        solver_converged: 1 where the stopping rule was met, else 0; none in an unrolled model, which has no rule.
+        solver_fallbacks: 1 where the solve went on with the fallback, else 0; likewise.
         adjoint_evaluations: the same for the adjoint solves of the backward passes.
         adjoint_residuals: likewise.
+        adjoint_converged: likewise.
+        adjoint_fallbacks: likewise.
     """
 
     num_steps: int = 0
@@ -39,14 +45,23 @@ class Interval:
     nll_nats: float = 0.0
     seconds: float = 0.0
     num_skipped: int = 0
+    num_unconverged: int = 0
+    num_skipped_unconverged: int = 0
     solver_evaluations: list[float] = field(default_factory=list)
     solver_residuals: list[float] = field(default_factory=list)
+    solver_converged: list[float] = field(default_factory=list)
+    solver_fallbacks: list[float] = field(default_factory=list)
     adjoint_evaluations: list[float] = field(default_factory=list)
     adjoint_residuals: list[float] = field(default_factory=list)
+    adjoint_converged: list[float] = field(default_factory=list)
+    adjoint_fallbacks: list[float] = field(default_factory=list)
 
 
 def summarize(intervals: Sequence[Interval]) -> dict[str, float | int | None]:
-    """One line of metrics from the intervals of all processes; None where there was nothing to measure."""
+    """One line of metrics from the intervals of all processes; None where there was nothing to measure.
+
+    recipes/README.md says what each of them is.
+    """
     first = intervals[0]  # the sums over all processes are the same on each
     loss = first.nll_nats / first.num_targets if first.num_targets else None
 
@@ -58,18 +73,31 @@ def summarize(intervals: Sequence[Interval]) -> dict[str, float | int | None]:
         return statistics.fmean(values) if values else None
 
     def median(values: list[float]) -> float | None:
-        middle = statistics.median(values) if values else math.inf
-        return middle if math.isfinite(middle) else None
+        return finite(statistics.median(values)) if values else None
+
+    def finite(value: float) -> float | None:
+        return value if math.isfinite(value) else None
+
+    def solves(name: str) -> dict[str, float | int | None]:
+        evaluations, residuals = pooled(f"{name}_evaluations"), pooled(f"{name}_residuals")
+        return {
+            f"{name}_evaluations": mean(evaluations),
+            f"{name}_evaluations_max": int(max(evaluations)) if evaluations else None,
+            f"{name}_residual": median(residuals),
+            f"{name}_residual_max": finite(max(residuals)) if residuals else None,
+            f"{name}_share_converged": mean(pooled(f"{name}_converged")),
+            f"{name}_share_fallback": mean(pooled(f"{name}_fallbacks")),
+        }
 
     return {
         "loss": loss,
         "token_perplexity": None if loss is None else math.exp(min(loss, 700.0)),  # exp(710) overflows
         "tokens_per_second": first.num_targets / first.seconds if first.seconds else None,
-        "solver_evaluations": mean(pooled("solver_evaluations")),
-        "solver_residual": median(pooled("solver_residuals")),
-        "adjoint_evaluations": mean(pooled("adjoint_evaluations")),
-        "adjoint_residual": median(pooled("adjoint_residuals")),
+        **solves("solver"),
+        **solves("adjoint"),
+        "adjoint_unconverged": first.num_unconverged,
         "skipped": first.num_skipped,
+        "skipped_unconverged": first.num_skipped_unconverged,
     }
 
 
@@ -149,16 +177,32 @@ _READABLE = {  # name: how it is shown
     "tokens_per_second": "{:,.0f} tokens/s",
     "solver_evaluations": "solver {:.1f} evaluations",
     "solver_residual": "residual {:.1e}",
+    "solver_share_converged": "{:.1%} converged",
+    "solver_share_fallback": "{:.1%} by fallback",
     "adjoint_evaluations": "adjoint {:.1f} evaluations",
     "adjoint_residual": "residual {:.1e}",
+    "adjoint_share_converged": "{:.1%} converged",
+    "adjoint_share_fallback": "{:.1%} by fallback",
     "lr": "lr {:.2e}",
     "grad_norm": "gradient {:.2f}",
+    "skipped": "{} skipped (not finite)",
+    "skipped_unconverged": "{} skipped (adjoint unconverged)",
+}
+
+_NORMAL = {  # name: the value that is not worth a word
+    "solver_share_converged": 1,
+    "solver_share_fallback": 0,
+    "adjoint_share_converged": 1,
+    "adjoint_share_fallback": 0,
+    "skipped": 0,
+    "skipped_unconverged": 0,
 }
 
 
 def readable(values: Mapping[str, Any]) -> str:
-    """Metrics as words with units, in one line; what was not measured is left out."""
-    parts = [text.format(values[name]) for name, text in _READABLE.items() if values.get(name) is not None]
-    if values.get("skipped"):
-        parts.append(f"{values['skipped']} skipped (not finite)")
-    return "  ".join(parts)
+    """Metrics as words with units, in one line; what was not measured, or is as it should be, is left out."""
+    return "  ".join(
+        text.format(values[name])
+        for name, text in _READABLE.items()
+        if values.get(name) is not None and values[name] != _NORMAL.get(name)
+    )

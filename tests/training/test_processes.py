@@ -9,7 +9,7 @@ from accelerate.state import AcceleratorState
 from tiny_run import leave_weights_alone, make_recipe, make_state, metrics
 
 from deq_lm.errors import CheckpointError
-from deq_lm.training import checkpoint
+from deq_lm.training import checkpoint, loop
 from deq_lm.training.loop import train, train_step
 
 # What forks here starts no threads before it computes on its own.
@@ -33,7 +33,12 @@ def gradients(folder: Path) -> None:
         parameter.grad.zero_()
     result = train_step(accelerator, model, state, recipe, stop_requested=False)
     grads = {name: parameter.grad for name, parameter in state.model.named_parameters()}
-    facts = {"norm": result.grad_norm, "nats": state.interval.nll_nats, "targets": state.interval.num_targets}
+    facts = {
+        "norm": result.grad_norm,
+        "nats": state.interval.nll_nats,
+        "targets": state.interval.num_targets,
+        "adjoint_residual": result.adjoint_residual,
+    }
     torch.save(grads | facts, folder / f"{accelerator.num_processes}_{accelerator.process_index}.pt")
 
 
@@ -105,6 +110,45 @@ def skip(folder: Path) -> None:
     torch.save(
         facts | {"memory": state.memory.x, "step": state.progress.step}, folder / f"{accelerator.process_index}.pt"
     )
+
+
+def skip_unconverged(folder: Path) -> None:
+    """One process's adjoint solve is reported as unconverged; record what each process did about it."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    torch.set_num_threads(1)
+    accelerator = Accelerator()
+    recipe = make_recipe(folder, *SETTINGS, "training.unconverged_adjoint={policy: skip, residual: 0.5}")
+    state, *_ = make_state(recipe, accelerator)
+    model, state.optimizer = accelerator.prepare(state.model, state.optimizer)
+    facts_of = loop.facts_of
+
+    def unconverged(solution, **kwargs):
+        facts = facts_of(solution, **kwargs)
+        if solution is state.model.adjoint_solution:
+            facts["residuals"] = torch.tensor([0.75, 0.25])
+        return facts
+
+    facts = {}
+    for name in ("converged", "unconverged"):
+        if name == "unconverged" and accelerator.process_index == 1:
+            loop.facts_of = unconverged
+        before = [parameter.clone() for parameter in state.model.parameters()]
+        result = train_step(accelerator, model, state, recipe, stop_requested=False)
+        same = all(a.equal(b) for a, b in zip(before, state.model.parameters(), strict=True))
+        facts[name] = (result.unconverged, result.adjoint_residual, same, state.progress.num_skipped_unconverged)
+    torch.save(facts | {"memory": state.memory is not None}, folder / f"unconverged_{accelerator.process_index}.pt")
+
+
+def test_all_processes_skip_if_one_has_an_unconverged_adjoint_and_know_its_residual(tmp_path):
+    make_recipe(tmp_path)
+    debug_launcher(skip_unconverged, args=(tmp_path,), num_processes=2)
+    first, second = (torch.load(tmp_path / f"unconverged_{rank}.pt") for rank in (0, 1))
+    assert first == second
+    assert first["unconverged"] == (True, 0.75, True, 1)
+    unconverged, residual, _, num_skipped = first["converged"]
+    assert (unconverged, num_skipped) == (False, 0)
+    assert 0 < residual < 0.5
+    assert first["memory"]
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from tiny_run import make_recipe, recipe_mapping
 
-from deq_lm.errors import ConfigError
+from deq_lm.errors import ConfigError, UnusedSettingWarning
 from deq_lm.structure import build
 from deq_lm.training.recipe import Recipe, apply_override, load_recipe, recipe_text
 
@@ -82,6 +82,13 @@ def test_an_override_reaches_into_a_section_that_was_null(mapping):
         ("training.pretraining.num_layers=0", "recipe.training.pretraining: num_layers=0"),
         ("training.jacobian.weight=0.0", "recipe.training.jacobian: weight=0.0"),
         ("training.jacobian.probability=2.0", "recipe.training.jacobian: probability=2.0"),
+        ("training.unconverged_adjoint.policy=stop", "'stop' is not allowed"),
+        ("training.unconverged_adjoint.residual=0", "recipe.training.unconverged_adjoint: residual=0.0"),
+        ("training.unconverged_adjoint=null", "recipe.training.unconverged_adjoint: expected a section"),
+        (
+            "model.adjoint={name: implicit, stopping: {rtol: 0.2}}",
+            "expected at least model.adjoint.stopping.rtol=0.2",
+        ),
         ("training.mixed_precision=fp16", "Valid here: bf16"),
         ("training.evaluate_every=0", "evaluate_every=0"),
     ],
@@ -91,6 +98,17 @@ def test_a_wrong_override_is_refused_in_one_line(path, override, words):
         load_recipe(path, [override])
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_policy_about_adjoint_solves_says_that_a_model_without_any_has_no_use_for_it(path):
+    for override in ("model.adjoint.name=phantom", "model.adjoint.name=jacobian_free"):
+        with pytest.warns(UnusedSettingWarning, match=r"unconverged_adjoint\.policy=warn\. Give ignore"):
+            load_recipe(path, [override])
+        load_recipe(path, [override, "training.unconverged_adjoint.policy=ignore"])
+    unrolled = ["model.depth=unrolled", "model.num_layers=2", "model.stopping={}"]
+    with pytest.warns(UnusedSettingWarning, match="no effect in a model without an adjoint solve"):
+        load_recipe(path, unrolled)
+    load_recipe(path, [*unrolled, "training.unconverged_adjoint.policy=ignore"])
 
 
 def keys_of(mapping: dict[str, Any], prefix: str = "") -> list[str]:

@@ -2,16 +2,42 @@
 
 import json
 import math
+import re
+from pathlib import Path
 
 import pytest
+import torch
 
+from deq_lm.solvers import Broyden, StoppingRule, solve
+from deq_lm.training.loop import facts_of
 from deq_lm.training.run_folder import RunFolder
 from deq_lm.training.tracking import Interval, Tracker, readable, summarize
 
 
 def test_losses_are_summed_and_divided_once_and_solves_are_pooled_over_processes():
-    first = Interval(2, 30, 60.0, 1.5, 0, [4.0, 6.0], [1e-3, 1e-2], [8.0], [0.1])
-    second = Interval(2, 30, 60.0, 1.5, 0, [5.0, 9.0], [1e-1, 1e-2], [10.0], [0.3])
+    sums = {"num_steps": 2, "num_targets": 30, "nll_nats": 60.0, "seconds": 1.5}
+    first = Interval(
+        **sums,
+        solver_evaluations=[4.0, 6.0],
+        solver_residuals=[1e-3, 1e-2],
+        solver_converged=[1.0, 1.0],
+        solver_fallbacks=[0.0, 0.0],
+        adjoint_evaluations=[8.0],
+        adjoint_residuals=[0.1],
+        adjoint_converged=[1.0],
+        adjoint_fallbacks=[1.0],
+    )
+    second = Interval(
+        **sums,
+        solver_evaluations=[5.0, 9.0],
+        solver_residuals=[1e-1, 1e-2],
+        solver_converged=[0.0, 1.0],
+        solver_fallbacks=[0.0, 1.0],
+        adjoint_evaluations=[10.0],
+        adjoint_residuals=[0.3],
+        adjoint_converged=[0.0],
+        adjoint_fallbacks=[1.0],
+    )
     metrics = summarize([first, second])
     assert metrics["loss"] == 2.0
     assert metrics["token_perplexity"] == pytest.approx(math.exp(2))
@@ -20,11 +46,15 @@ def test_losses_are_summed_and_divided_once_and_solves_are_pooled_over_processes
     assert metrics["solver_residual"] == 1e-2
     assert metrics["adjoint_evaluations"] == 9.0
     assert metrics["adjoint_residual"] == pytest.approx(0.2)
+    assert (metrics["solver_evaluations_max"], metrics["adjoint_evaluations_max"]) == (9, 10)
+    assert (metrics["solver_residual_max"], metrics["adjoint_residual_max"]) == (0.1, 0.3)
+    assert (metrics["solver_share_converged"], metrics["adjoint_share_converged"]) == (0.75, 0.5)
+    assert (metrics["solver_share_fallback"], metrics["adjoint_share_fallback"]) == (0.25, 1.0)
 
 
 def test_an_interval_without_a_step_that_counted_has_no_loss():
     metrics = summarize([Interval(num_steps=1, num_skipped=1)])
-    assert metrics == {**dict.fromkeys(metrics), "skipped": 1}
+    assert metrics == {**dict.fromkeys(metrics), "skipped": 1, "adjoint_unconverged": 0, "skipped_unconverged": 0}
     assert readable(metrics) == "1 skipped (not finite)"
 
 
@@ -32,7 +62,38 @@ def test_solves_that_failed_count_as_the_worst_and_never_reach_the_json():
     failed = [math.nan, math.inf]
     assert summarize([Interval(solver_residuals=[*failed, 0.1, 0.2, 0.3])])["solver_residual"] == 0.3
     assert summarize([Interval(solver_residuals=[*failed, 0.1])])["solver_residual"] is None
+    assert summarize([Interval(adjoint_residuals=[0.1, math.nan])])["adjoint_residual_max"] is None
     assert summarize([Interval(num_targets=1, nll_nats=1e4, num_steps=1)])["token_perplexity"] == math.exp(700)
+
+
+@pytest.mark.parametrize("name", ["solver", "adjoint"])
+def test_the_line_to_read_has_a_word_only_for_solves_that_did_not_go_as_they_should(name):
+    usual = Interval(**{f"{name}_converged": [1.0] * 8, f"{name}_fallbacks": [0.0] * 8})
+    assert readable(summarize([usual])) == ""
+    unusual = Interval(**{f"{name}_converged": [1.0] * 7 + [0.0], f"{name}_fallbacks": [1.0] * 2 + [0.0] * 6})
+    assert readable(summarize([unusual])) == "87.5% converged  25.0% by fallback"
+    assert readable(summarize([Interval(num_skipped_unconverged=2)])) == "2 skipped (adjoint unconverged)"
+
+
+def test_every_metric_of_a_training_line_is_documented():
+    lines = (Path(__file__).resolve().parents[2] / "recipes" / "README.md").read_text("utf-8").splitlines()
+    rows = lines[lines.index("| `train` | is |") + 2 :]
+    documented = []
+    for row in rows[: rows.index("")]:
+        documented += re.findall(r"`(\w+)`", row.split("|")[1])
+    assert documented == [*summarize([Interval()]), "lr", "grad_norm"]
+
+
+def test_a_solve_that_fell_back_and_one_that_ran_out_of_steps_are_told_apart():
+    def f(z):  # contracts the first sequence; throws the second far out, where coefficients made of differences fail
+        return torch.stack([0.1 * z[0] + 1, z[1] ** 3 + 5])
+
+    solution = solve(f, torch.ones(2, 4, 3), solver=Broyden(), stopping=StoppingRule(max_steps=8, rtol=1e-4))
+    facts = {name: values.tolist() for name, values in facts_of(solution, unrolled=False).items()}
+    assert facts["converged"] == [True, False]
+    assert facts["fallbacks"] == [False, True]
+    assert facts["residuals"] == solution.relative_residual.tolist()
+    assert facts["evaluations"] == solution.num_evaluations.tolist()
 
 
 def test_a_tracker_writes_a_line_to_read_and_one_to_parse(tmp_path, capsys):

@@ -105,3 +105,13 @@ def test_a_run_that_stops_being_finite_ends_with_three(monkeypatch, recipe, caps
     monkeypatch.setattr(loop, "train_step", fail)
     assert call(monkeypatch, recipe) == 3
     assert capsys.readouterr().err.endswith("train_lm: step 9: loss not finite\n")
+
+
+def test_a_run_that_raises_for_an_unconverged_adjoint_is_one_line_and_ends_with_three(monkeypatch, recipe, capsys):
+    overrides = [
+        "model.adjoint={name: implicit, stopping: {max_steps: 1, rtol: 1.0e-4}}",
+        "training.unconverged_adjoint={policy: raise, residual: 1.0e-3}",
+    ]
+    assert call(monkeypatch, recipe, *overrides) == 3
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith("train_lm: step 3: an adjoint solve did not converge")
