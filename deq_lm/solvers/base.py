@@ -55,6 +55,10 @@ class FixedPointSolver(ABC):
             active: (B, U) bool: the units to move; the others stay as they are. None moves all.
         """
 
+    def trail(self, state: SolverState) -> SolverState | None:
+        """What it takes to run the solve that ended in `state` backwards, detached; None where that is impossible."""
+        return None
+
 
 def evaluate(f: FixedPointMap, proposal: Tensor, state: SolverState, active: Tensor | None) -> SolverState:
     """Move the active units to `proposal` and evaluate f there: the end of every step that costs one evaluation."""

@@ -14,6 +14,11 @@ def unit_norm(z: Tensor, scope: Scope) -> Tensor:
     return torch.linalg.vector_norm(split_units(z, scope), dim=-1)
 
 
+def unit_magnitude(z: Tensor, scope: Scope) -> Tensor:
+    """Largest absolute value among each unit's own entries, (B, U)."""
+    return split_units(z, scope).abs().amax(dim=-1)
+
+
 def sequence_norm(unit_norms: Tensor) -> Tensor:
     """Euclidean norm of whole sequences, (B,), from the norms of their units (B, U)."""
     return torch.linalg.vector_norm(unit_norms, dim=1)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from deq_lm.solvers.base import SolverState
 from deq_lm.solvers.norms import relative, sequence_norm, unit_norm
 from deq_lm.solvers.stopping import Outcome
 
@@ -41,6 +42,7 @@ class Solution:
         num_evaluations: evaluations of f until then, (B,) int32.
         position_num_steps: steps until each position stopped, (B, L) int32; equal along L under the sequence scope.
         trace: residual norms step by step.
+        trail: `FixedPointSolver.trail` of the last state, if the solve was differentiable.
     """
 
     z: Tensor
@@ -51,6 +53,7 @@ class Solution:
     num_evaluations: Tensor
     position_num_steps: Tensor
     trace: ResidualTrace
+    trail: SolverState | None = None
 
     @property
     def relative_residual(self) -> Tensor:

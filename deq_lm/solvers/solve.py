@@ -106,6 +106,7 @@ def _iterate(
         num_evaluations=progress.num_evaluations.amax(dim=1),
         position_num_steps=progress.num_steps.expand(state.point.shape[:2]),
         trace=ResidualTrace(torch.stack(residual_trace), torch.stack(image_trace)),
+        trail=None if keep_best else solver.trail(state),
     )
 
 
