@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from deq_lm._types import FixedPointMap
 from deq_lm.adjoints.base import Adjoint, DifferentiableMap, Solve
 from deq_lm.errors import ReversalWarning
-from deq_lm.solvers import Solution
+from deq_lm.solvers import FixedPointSolver, Reversible, Solution
 from deq_lm.solvers.lattice import Lattice, pop
 from deq_lm.solvers.norms import relative, unit_norm
 from deq_lm.solvers.reversible import ReversibleState
@@ -38,11 +38,15 @@ class Reversed(Adjoint):
     though nothing is kept, because other kernels may be chosen without a graph: attention then differs by 1e-6 in float32.
 
     Raises:
-        ValueError: from `apply`, if the solver is not `Reversible`.
+        ValueError: from `check` and `apply`, if the solver is not `Reversible`.
 
     References:
         McCallum, Arora, Foster 2025, "Reversible deep equilibrium models", algorithm 2.
     """
+
+    def check(self, solver: FixedPointSolver) -> None:
+        if not isinstance(solver, Reversible):
+            raise ValueError(_refusal(type(solver).__name__))
 
     def apply(
         self,
@@ -55,12 +59,16 @@ class Reversed(Adjoint):
         solution = solve(_recorded_and_dropped(f), z0.detach(), differentiable=True)
         trail = solution.trail
         if not isinstance(trail, ReversibleState):
-            raise ValueError(
-                "The reversible adjoint runs the solver's steps backwards, and the solver it was given cannot be: expected "
-                "the solver Reversible (in a configuration, 'reversible'). Any solver goes with the adjoint 'implicit'."
-            )
+            raise ValueError(_refusal("a solver whose steps cannot be undone"))
         solution = replace(solution, trail=None)  # which would hold the pair as long as someone looks at the facts
         return _ReversedGradient.apply(f, solution, trail, z0.detach(), *f.inputs), solution
+
+
+def _refusal(given: str) -> str:
+    return (
+        f"The adjoint 'reversible' around {given}: expected the solver Reversible ('reversible' in a configuration), whose "
+        "steps it runs backwards. Choose that, or the adjoint 'implicit', which goes with any solver."
+    )
 
 
 def _recorded_and_dropped(f: DifferentiableMap) -> FixedPointMap:
@@ -68,8 +76,11 @@ def _recorded_and_dropped(f: DifferentiableMap) -> FixedPointMap:
     leaves = [tensor.detach().requires_grad_() for tensor in f.inputs]
     f = f.with_inputs(leaves)
 
+    def drop(_: Any) -> Any:
+        return None
+
     def evaluate(z: Tensor) -> Tensor:
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda _: None, lambda _: None):
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(drop, drop):
             return f(z.detach().requires_grad_()).detach()
 
     return evaluate

@@ -2,8 +2,8 @@
 
 w <- (1 - relaxation) w + relaxation f cannot be undone in floating point: the product drops log2(1 / (1 - relaxation)) bits
 of w, and dividing by 1 - relaxation multiplies the rounding by as much, each time. Here w is a multiple of a power of two
-(integers in float64, below 2^53), so that sums are exact, and what the rounded product drops is an integer of a few values.
-These are the digits of a number that is kept: the step backwards is then exact to the last bit, at any number of steps.
+(integers in float64, below 2^53), so that sums are exact, and what the rounded product drops is an integer of a few
+values. These are kept, as the digits of a number: the step backwards is then exact to the last bit, however many there are.
 
 References:
     Maclaurin, Duvenaud, Adams 2015, "Gradient-based hyperparameter optimization through reversible learning", section 3.
@@ -22,15 +22,16 @@ from deq_lm.solvers.norms import unit_magnitude
 from deq_lm.solvers.scope import hold
 
 FRACTION_BITS = {torch.float32: 32, torch.float64: 47}
-"""The lattice is this much finer than the first value of a unit: beyond what f resolves, and 2^53 leaves room above it."""
+"""How much finer than the first f(z) of a unit the lattice is: beyond what float32 resolves; in float64, a compromise."""
 
 
 @dataclass(frozen=True)
 class Lattice:
     """Multiples of a quantum, as integers in float64, and the exactly reversible product with 1 - relaxation.
 
-    Exact while states stay below 2^53 quanta, 2^21 (float32) or 64 (float64) times the first value of f. Beyond, sums are
-    rounded as all floating point is, and the way back is no longer exact.
+    Exact while states stay below 2^51 quanta, that is 2^19 (float32) or 16 (float64) times the largest entry of the first
+    f(z). Beyond, sums are rounded as in all floating point, and the way back is no longer exact. The spacing limits what a
+    solve can reach in float64: relative residuals below 1e-12 may stall.
 
     Attributes:
         quantum: spacing, a power of two for each unit, (B, U, 1, ...).
@@ -78,8 +79,8 @@ class Lattice:
 
     @property
     def _reach(self) -> int:
-        """Largest lost digit: half a quantum stretched, and half for rounding that; 0.6 as the product itself is rounded."""
-        return int(0.6 / (1.0 - self.relaxation) + 0.5)
+        """Largest lost digit: half a quantum, stretched, and half of one; 1/8 more for the rounding of either operation."""
+        return int(0.625 / (1.0 - self.relaxation) + 0.625)
 
     @property
     def radix(self) -> int:
@@ -95,7 +96,9 @@ class Lattice:
         return count
 
 
-def push(words: Sequence[Tensor], lattice: Lattice, step: int, digit: Tensor, active: Tensor | None) -> tuple[Tensor, ...]:
+def push(
+    words: Sequence[Tensor], lattice: Lattice, step: int, digit: Tensor, active: Tensor | None
+) -> tuple[Tensor, ...]:
     """Keep one digit of every number of the active units, as the last of step `step`; 8 bytes hold `digits_per_word`."""
     *full, word = words if step % lattice.digits_per_word else (*words, torch.zeros_like(digit))
     return (*full, hold(active, word * lattice.radix + digit, word))

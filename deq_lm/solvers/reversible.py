@@ -45,7 +45,7 @@ class Reversible(FixedPointSolver):
     step for a = 0.9 or -0.9 and relaxation 0.8, and sqrt(1 - relaxation) for small a and for imaginary ones up to
     2 sqrt(1 - relaxation) / relaxation, where Picard's may spiral out.
 
-    The pair lives on a lattice (`deq_lm.solvers.lattice`) on which the step is exactly reversible, at any relaxation, in any
+    The pair lives on a lattice (`deq_lm.solvers.lattice`) on which the step is exactly reversible, whatever the relaxation,
     dtype and number of steps; the price is log2(radix) bits per number and step: 1.6 bits for a relaxation of 0.5 and 2.8
     for 0.8, where storing the states would take 32.
 

@@ -50,7 +50,7 @@ def solve(
     if differentiable and not solver.differentiable:
         raise ValueError(
             f"solve({type(solver).__name__}, differentiable=True): its history is written in place and cannot be "
-            "backpropagated through. Use Picard, or an implicit or phantom adjoint around this solver."
+            "backpropagated through. Use Picard or Reversible, or an implicit or phantom adjoint around this solver."
         )
     if not torch.isfinite(z0).all():
         raise ValueError("solve(z0): the start has NaN or infinite entries; start from zeros or a finite state.")
