@@ -37,6 +37,9 @@ def test_what_the_way_back_needs_is_kept_only_where_steps_are_recorded():
     assert solve(problem.f, problem.z0, solver=Reversible(), stopping=rule).trail is None
     assert solve(problem.f, problem.z0, solver=Picard(), stopping=rule, differentiable=True).trail is None
     weight = torch.ones((), dtype=torch.float64, requires_grad=True)
+    with torch.no_grad():
+        state = Reversible().init(problem.f, problem.z0)
+        assert Reversible().step(problem.f, state, None).words == ()
     trail = solve(
         lambda z: weight * problem.f(z), problem.z0, solver=Reversible(), stopping=rule, differentiable=True
     ).trail
