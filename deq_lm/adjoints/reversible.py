@@ -38,8 +38,8 @@ class Reversed(Adjoint):
     though nothing is kept, because other kernels may be chosen without a graph: attention then differs by 1e-6 in float32.
 
     Without the lattice an error grows by 1 / (1 - relaxation) a step. Relative gradient error on a small random
-    Transformer-XL cell (eval/benchmarks/reversible.py), by relaxation and steps, for the pair in float32, in float64 with f in
-    float32, all in float64, and on the lattice with f in float32 and in float64:
+    Transformer-XL cell (eval/benchmarks/reversible.py), by relaxation and steps, for the pair in float32, in float64 with f
+    in float32, all in float64, and on the lattice with f in float32 and in float64:
 
         0.5, 16 steps   6e-3   0      3e-12   1e-7   0
         0.5, 64 steps   0.6    0.08   0.3     1e-7   0
