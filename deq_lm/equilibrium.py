@@ -68,6 +68,7 @@ class Equilibrium(nn.Module):
         self.evaluation_stopping = self.stopping if evaluation_stopping is None else evaluation_stopping
         self.adjoint = Implicit() if adjoint is None else adjoint
         self.adjoint_solution: Solution | None = None
+        self.adjoint.check(self.solver)
 
     @classmethod
     def unrolled(cls, cell: Cell, num_layers: int) -> Equilibrium:

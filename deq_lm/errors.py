@@ -25,5 +25,9 @@ class ConvergenceWarning(UserWarning):
     """A solve did not converge and the policy is to warn."""
 
 
+class ReversalWarning(UserWarning):
+    """A solve run backwards did not come back to its start: its gradient is inaccurate."""
+
+
 class UnusedSettingWarning(UserWarning):
     """A setting was given that has no effect in this configuration."""

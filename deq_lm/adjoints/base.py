@@ -9,7 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from deq_lm._types import FixedPointMap
-from deq_lm.solvers import Solution
+from deq_lm.solvers import FixedPointSolver, Solution
 
 
 class DifferentiableMap(Protocol):
@@ -35,6 +35,9 @@ class Solve(Protocol):
 
 class Adjoint(ABC):
     """How a solve is differentiated; never how it is solved."""
+
+    def check(self, solver: FixedPointSolver) -> None:  # noqa: B027  (most adjoints take any)
+        """Raises ValueError if solves by `solver` cannot be differentiated this way."""
 
     @abstractmethod
     def apply(

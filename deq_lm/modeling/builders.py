@@ -6,13 +6,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from deq_lm.adjoints import Adjoint, Implicit, JacobianFree, Phantom, Unrolled
+from deq_lm.adjoints import Adjoint, Implicit, JacobianFree, Phantom, Reversed, Unrolled
 from deq_lm.cells.base import Cell, CellConfig
 from deq_lm.cells.transformer_xl import TransformerXLCell, TransformerXLConfig
-from deq_lm.solvers import Anderson, Broyden, FixedPointSolver, Picard, StoppingRule
+from deq_lm.solvers import Anderson, Broyden, FixedPointSolver, Picard, Reversible, StoppingRule
 from deq_lm.structure import build, choose, to_mapping
 
-SOLVERS: dict[str, type[FixedPointSolver]] = {"broyden": Broyden, "anderson": Anderson, "picard": Picard}
+SOLVERS: dict[str, type[FixedPointSolver]] = {
+    "broyden": Broyden,
+    "anderson": Anderson,
+    "picard": Picard,
+    "reversible": Reversible,
+}
 CELLS: dict[str, tuple[type[CellConfig], type[Cell]]] = {"transformer_xl": (TransformerXLConfig, TransformerXLCell)}
 
 
@@ -28,6 +33,7 @@ ADJOINTS: dict[str, type] = {
     "implicit": ImplicitSettings,
     "jacobian_free": JacobianFree,
     "phantom": Phantom,
+    "reversible": Reversed,
     "unrolled": Unrolled,
 }
 

@@ -4,6 +4,7 @@ from deq_lm.solvers.anderson import Anderson
 from deq_lm.solvers.base import FixedPointSolver, SolverState
 from deq_lm.solvers.broyden import Broyden
 from deq_lm.solvers.picard import Picard
+from deq_lm.solvers.reversible import Reversible
 from deq_lm.solvers.solution import ResidualTrace, Solution
 from deq_lm.solvers.solve import solve
 from deq_lm.solvers.stopping import Outcome, StoppingRule
@@ -15,6 +16,7 @@ __all__ = [
     "Outcome",
     "Picard",
     "ResidualTrace",
+    "Reversible",
     "Solution",
     "SolverState",
     "StoppingRule",

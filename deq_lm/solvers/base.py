@@ -57,8 +57,15 @@ class FixedPointSolver(ABC):
             active: (B, U) bool: the units to move; the others stay as they are. None moves all.
         """
 
+    def trail(self, state: SolverState) -> SolverState | None:
+        """What it takes to run the solve that ended in `state` backwards, detached; None where that is impossible."""
+        return None
+
 
 def evaluate(f: FixedPointMap, proposal: Tensor, state: SolverState, active: Tensor | None) -> SolverState:
     """Move the active units to `proposal` and evaluate f there: the end of every step that costs one evaluation."""
     proposal = hold(active, proposal, state.point)  # rebound, so that the argument is freed before f runs
-    return SolverState(proposal, f(proposal), state.num_evaluations + 1)
+    image = f(proposal)
+    if image.requires_grad:  # of a frozen unit too, it is recorded where the unit stopped
+        image = hold(active, image, state.image)
+    return SolverState(proposal, image, state.num_evaluations + 1)

@@ -15,6 +15,11 @@ def unit_norm(z: Tensor, scope: Scope) -> Tensor:
     return local if local.shape[1] == 1 else accumulate(local.square()).sqrt()
 
 
+def unit_magnitude(z: Tensor, scope: Scope) -> Tensor:
+    """Largest absolute value among each unit's own entries, (B, U)."""
+    return split_units(z, scope).abs().amax(dim=-1)
+
+
 def relative(norm: Tensor, scale: Tensor) -> Tensor:
     """norm / scale, and 0 where both are 0 (a solution at the origin is solved exactly)."""
     return torch.where(norm == 0, torch.zeros_like(norm), norm / scale)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from deq_lm.solvers.base import SolverState
 from deq_lm.solvers.norms import relative, unit_norm
 from deq_lm.solvers.stopping import Outcome
 
@@ -42,6 +43,7 @@ class Solution:
         position_num_steps: steps until each position stopped, (B, L) int32; equal along L under the sequence scope.
         used_fallback: whether some of its units went on with the fallback, (B,) bool.
         trace: residual norms step by step.
+        trail: `FixedPointSolver.trail` of the last state, if the solve was differentiable.
     """
 
     z: Tensor
@@ -53,6 +55,7 @@ class Solution:
     position_num_steps: Tensor
     used_fallback: Tensor
     trace: ResidualTrace
+    trail: SolverState | None = None
 
     @property
     def relative_residual(self) -> Tensor:

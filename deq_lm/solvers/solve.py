@@ -62,7 +62,7 @@ def solve(
     if differentiable and not solver.differentiable:
         raise ValueError(
             f"solve({type(solver).__name__}, differentiable=True): its history is written in place and cannot be "
-            "backpropagated through. Use Picard, or an implicit or phantom adjoint around this solver."
+            "backpropagated through. Use Picard or Reversible, or an implicit or phantom adjoint around this solver."
         )
     if not torch.isfinite(z0).all():
         raise ValueError("solve(z0): the start has NaN or infinite entries; start from zeros or a finite state.")
@@ -78,7 +78,7 @@ def solve(
             worse = ~(run.progress.norm <= run.progress.best_norm)  # NaN is
             unsolved = run.progress.outcome != Outcome.CONVERGED if solver.scope == "sequence" else run.failed()
             run.return_to_best(unsolved & worse)
-        return run.solution()
+        return run.solution(solver.trail(run.state) if differentiable else None)
 
 
 class _Run:
@@ -138,7 +138,7 @@ class _Run:
         self.progress = self.stopping.reopen(self.progress, units)
         self.iterate(solver, keep_best=True)
 
-    def solution(self) -> Solution:
+    def solution(self, trail: SolverState | None) -> Solution:
         norm, _ = self._norms()
         progress = self.progress
         return Solution(
@@ -151,6 +151,7 @@ class _Run:
             position_num_steps=progress.num_steps.expand(self.state.point.shape[:2]),
             used_fallback=self.used_fallback.any(dim=1),
             trace=ResidualTrace(*map(torch.stack, zip(*self.trace, strict=True))),
+            trail=trail,
         )
 
     def _norms(self) -> tuple[Tensor, Tensor]:

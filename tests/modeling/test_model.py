@@ -63,6 +63,21 @@ def test_implicit_gradient_equals_the_deeply_unrolled_one_for_every_parameter(id
         assert torch.dist(gradients[0][name], wanted) <= 1e-6 * wanted.norm(), name
 
 
+def test_the_reversible_model_has_the_same_gradient_and_survives_a_round_trip(ids: Tensor, tmp_path):
+    reversible = {"solver": {"name": "reversible"}, "adjoint": {"name": "reversible"}}
+    make(**reversible).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+    assert model.config.solver == {"name": "reversible", "relaxation": 0.8, "scope": "prefix"}
+    assert model.config.adjoint == {"name": "reversible"}
+    twin = unroll(model, 150)
+    for one in (model, twin):
+        one(ids[:, :-1], targets=ids[:, 1:]).loss.backward()
+    for (name, found), wanted in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert torch.dist(found.grad, wanted.grad) <= 1e-6 * wanted.grad.norm(), name
+    with pytest.raises(ValueError, match="'reversible' around Broyden: expected the solver Reversible"):
+        make(solver={"name": "broyden"}, adjoint={"name": "reversible"})
+
+
 def test_an_unrolled_model_and_an_equilibrium_have_the_same_parameters():
     model = make()
     assert unroll(model, 3).state_dict().keys() == model.state_dict().keys()
@@ -82,7 +97,7 @@ def test_two_segments_with_memory_equal_one_long_segment(ids: Tensor, norm: str)
     assert second.memory.length == 6
 
 
-@pytest.mark.parametrize("solver", ["broyden", "anderson", "picard"])
+@pytest.mark.parametrize("solver", ["broyden", "anderson", "picard", "reversible"])
 @pytest.mark.parametrize("stopping", [{"max_steps": 3, "rtol": 0.0}, {"max_steps": 40, "rtol": 1e-2}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_hidden_states_do_not_depend_on_later_tokens_in_any_bit(
