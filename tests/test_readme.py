@@ -1,5 +1,7 @@
 """The README is executed: its Python blocks run, its files exist, its numbers are those of the committed result."""
 
+import importlib
+import json
 import re
 import shlex
 from pathlib import Path
@@ -58,3 +60,19 @@ def test_the_demo_table_is_the_committed_result():
     assert place[2] == render(result)
     loses = result.perplexity.nats_per_token > result.bigram.nats_per_token
     assert loses == ("the model loses to\nthe bigram" in README)
+
+
+TABLES = re.findall(r"<!-- (eval/results/\w+\.json): (.+?) -->\n\n((?:\|.*\n)+)", README)
+
+
+@pytest.mark.parametrize(("file", "title", "table"), TABLES, ids=[title for _, title, _ in TABLES])
+def test_a_table_holds_the_numbers_of_its_result_file(file: str, title: str, table: str, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "eval" / "benchmarks")
+    measure = importlib.import_module("measure")
+    rows = json.loads((ROOT / file).read_text("utf-8"))["tables"][title]
+    columns = [cell.strip() for cell in table.splitlines()[0].strip("|").split("|")]
+    assert table.strip() == measure.markdown_table([{column: row[column] for column in columns} for row in rows])
+
+
+def test_the_benchmarks_are_among_the_tables():
+    assert {file for file, _, _ in TABLES} >= {"eval/results/solvers.json", "eval/results/training_step.json"}

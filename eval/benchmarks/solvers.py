@@ -144,7 +144,7 @@ def main() -> int:
     }
     tables: dict[str, list[dict[str, Any]]] = {}
     for name, f in maps.items():
-        for rtol in (1e-3, 1e-4):
+        for rtol in (1e-3,) if name == "random cell" else (1e-3, 1e-4):  # it takes everyone too long to 1e-4
             title = f"{name}, relative residual {rtol:g}"
             tables[title] = compare(
                 f, torch.zeros_like(x), rtol=rtol, max_steps=80, rounds=arguments.rounds, check_every=check_every
