@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from deq_lm.adjoints.base import Adjoint, DifferentiableMap, Solve
-from deq_lm.solvers import Solution
+from deq_lm.solvers import FixedPointSolver, Solution
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +18,13 @@ class Unrolled(Adjoint):
     Only solvers without coefficients (Picard) can be unrolled: a model trained through the steps of a solver whose
     coefficients see the whole sequence learns to read the future in them.
     """
+
+    def check(self, solver: FixedPointSolver) -> None:
+        if not solver.differentiable:
+            raise ValueError(
+                f"unrolled with the solver {type(solver).__name__}, whose steps are not recorded for a gradient: expected "
+                "a solver without coefficients. Use Picard, or another adjoint."
+            )
 
     def apply(
         self,

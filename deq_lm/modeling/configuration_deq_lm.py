@@ -10,7 +10,6 @@ from warnings import warn
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from deq_lm.adjoints import Unrolled
 from deq_lm.errors import ConfigError, UnusedSettingWarning
 from deq_lm.modeling.builders import (
     adjoint_mapping,
@@ -33,11 +32,12 @@ class ModelSettings:
         cell: {"name": "transformer_xl", ...}, the map f; see `deq_lm.modeling.builders.CELLS`.
         depth: "equilibrium" solves z = f(z); "unrolled" evaluates f `num_layers` times, with the same parameters.
         num_layers: evaluations of the unrolled model; null for an equilibrium.
-        solver: {"name": "broyden" | "anderson" | "picard", ...}, forward.
+        solver: {"name": "broyden" | "anderson" | "picard" | "reversible", ...}, forward.
         stopping: forward, in training.
         evaluation_stopping: forward, in evaluation; null is `stopping`.
-        adjoint: {"name": "implicit" | "jacobian_free" | "phantom" | "unrolled", ...}. "unrolled" backpropagates through the
-            steps of the solver, which has to be "picard".
+        adjoint: {"name": "implicit" | "jacobian_free" | "phantom" | "unrolled" | "reversible", ...}. "unrolled"
+            backpropagates through the steps of the solver, which has to be "picard" or "reversible"; "reversible" runs a
+            "reversible" one backwards.
 
     An unrolled model has no solve: the last four have no effect on it, and warn if they are not the defaults.
     """
@@ -103,14 +103,15 @@ class DEQLMConfig(PreTrainedConfig):
         self.stopping = to_mapping(build_stopping(self.stopping or {}, "model.stopping"))
         if self.evaluation_stopping is not None:
             self.evaluation_stopping = to_mapping(build_stopping(self.evaluation_stopping, "model.evaluation_stopping"))
-        self.adjoint = adjoint_mapping(build_adjoint(self.adjoint or {"name": "implicit"}, "model.adjoint"))
+        adjoint = build_adjoint(self.adjoint or {"name": "implicit"}, "model.adjoint")
+        self.adjoint = adjoint_mapping(adjoint)
         if self.depth == "unrolled":
             self._warn_of_settings_of_a_solve()
-        elif isinstance(build_adjoint(self.adjoint, "model.adjoint"), Unrolled) and not solver.differentiable:
-            raise ConfigError(
-                f"model.adjoint: unrolled with model.solver {self.solver['name']}, whose steps are not recorded for a "
-                "gradient: expected a solver without coefficients. Give model.solver={name: picard}, or another adjoint."
-            )
+        else:
+            try:
+                adjoint.check(solver)
+            except ValueError as error:
+                raise ConfigError(f"model.adjoint: {error}") from error
         super().__post_init__(**kwargs)
 
     def _warn_of_settings_of_a_solve(self) -> None:

@@ -91,7 +91,7 @@ class _Run:
         norm, image_norm = self._norms()
         self.progress = stopping.begin(norm, image_norm, self.state.num_evaluations)
         self.best_point = self.state.point
-        self.trace = [(norm[:, -1], image_norm[:, -1])]
+        self.trace = [_last(norm, image_norm)]
         self.used_fallback = torch.zeros_like(self.progress.active)
 
     def iterate(self, solver: FixedPointSolver, *, keep_best: bool) -> None:
@@ -112,7 +112,7 @@ class _Run:
             evaluations_before = self.state.num_evaluations
             self.state = solver.step(self.f, self.state, active)
             norm, image_norm = self._norms()
-            self.trace.append((norm[:, -1], image_norm[:, -1]))
+            self.trace.append(_last(norm, image_norm))
             num_evaluations = self.state.num_evaluations - evaluations_before
             self.progress = self.stopping.advance(self.progress, norm, image_norm, num_evaluations)
         if keep_best:
@@ -158,3 +158,8 @@ class _Run:
         """||f(z) - z|| and ||f(z)|| of each unit, (B, U); statistics, so never recorded."""
         with torch.no_grad():
             return unit_norm(self.state.residual, self.scope), unit_norm(self.state.image, self.scope)
+
+
+def _last(norm: Tensor, image_norm: Tensor) -> tuple[Tensor, Tensor]:
+    """The norms of whole sequences, (B,); copies, since a view would keep those of all units alive."""
+    return norm[:, -1].clone(), image_norm[:, -1].clone()
