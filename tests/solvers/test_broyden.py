@@ -170,8 +170,8 @@ def test_memory_is_the_history_and_six_states_whatever_the_step_budget(solver, s
         return peak_live_bytes(lambda: solve(f, z0, solver=solver, stopping=rule)) / x.nbytes
 
     assert peak(30) == peak(300)
-    assert (
-        peak(120, rtol=0.0) < peak(40, rtol=0.0) + 0.1
-    )  # the budget is used up; the traces grow, by two numbers a step
     small_matrices = 0.3 if solver.scope == "sequence" else 1.0
     assert states - 2 < peak(30) <= states + small_matrices
+    assert (
+        peak(120, rtol=0.0) <= states + small_matrices
+    )  # all steps taken: only the traces grow, by two numbers a step
