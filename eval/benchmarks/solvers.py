@@ -20,7 +20,11 @@ from deq_lm.evaluation.peak_memory import peak_live_bytes
 from deq_lm.solvers import Anderson, Broyden, FixedPointSolver, Picard, StoppingRule, solve
 
 try:
-    from torchdeq.solver import anderson_solver, broyden_solver, fixed_point_iter
+    from torchdeq.solver import (  # pyright: ignore[reportMissingImports]  (optional, a peer)
+        anderson_solver,
+        broyden_solver,
+        fixed_point_iter,
+    )
 except ImportError:
     PEERS: dict[str, Any] = {}
 else:

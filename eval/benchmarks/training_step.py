@@ -25,7 +25,7 @@ from deq_lm.evaluation.peak_memory import peak_live_bytes, saved_bytes
 from deq_lm.solvers import Anderson, Broyden, FixedPointSolver, Picard, StoppingRule, solve
 
 try:
-    from torchdeq import get_deq
+    from torchdeq import get_deq  # pyright: ignore[reportMissingImports]  (optional, a peer)
 except ImportError:
     get_deq = None
 
