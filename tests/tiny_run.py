@@ -2,6 +2,7 @@
 
 import json
 import random
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from deq_lm.data.streams import ContiguousStreams
 from deq_lm.modeling import DEQLMForCausalLM, build_config
 from deq_lm.structure import build, to_mapping
 from deq_lm.training.checkpoint import Identity, TrainingState
-from deq_lm.training.loop import comparable_config
+from deq_lm.training.loop import comparable_config, train_step
 from deq_lm.training.optimizer import make_optimizer
 from deq_lm.training.recipe import Recipe, apply_override
 from deq_lm.training.schedules import make_schedule
@@ -122,3 +123,30 @@ def metrics(recipe: Recipe, kind: str) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl of one kind."""
     lines = (Path(recipe.training.output_dir) / "metrics.jsonl").read_text("utf-8").splitlines()
     return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+@contextmanager
+def forward_changed(model, change):
+    """`change(output, kwargs)` after every forward pass of `model`."""
+    forward = model.forward
+
+    def changed(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        change(output, kwargs)
+        return output
+
+    model.forward = changed
+    yield
+    model.forward = forward
+
+
+def not_finite(output, _kwargs) -> None:
+    output.nll_nats = output.nll_nats + float("inf")  # the gradient stays finite: the loss itself must be looked at
+
+
+def one_step(recipe, state, accelerator):
+    return train_step(accelerator, state.model, state, recipe, stop_requested=False)
+
+
+PLAIN = ("training.clip_norm=null", "training.pretraining=null", "model.cell.dropout=0.0")
+"""Overrides for a step with nothing but its gradient."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from deq_lm.autocast import Autocast
 from deq_lm.cells.memory import Memory
 
 
@@ -38,26 +39,6 @@ class CellConfig:
             raise ValueError(f"mem_len={self.mem_len}: expected 0 (no memory) or more positions.")
         if not self.init_std > 0.0:
             raise ValueError(f"init_std={self.init_std}: expected a value above 0.")
-
-
-@dataclass(frozen=True)
-class Autocast:
-    """The autocast state of one moment, to be entered again later (in a backward pass, say)."""
-
-    device_type: str
-    enabled: bool
-    dtype: torch.dtype
-
-    @classmethod
-    def current(cls, device_type: str) -> Autocast:
-        return cls(device_type, torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type))
-
-    def enter(self) -> torch.autocast:
-        return torch.autocast(self.device_type, dtype=self.dtype, enabled=self.enabled)
-
-    def convert(self, weight: Tensor) -> Tensor:
-        """`weight` in the dtype a matrix product would convert it to, so that this happens once and not per evaluation."""
-        return weight.to(self.dtype) if self.enabled and weight.dtype == torch.float32 else weight
 
 
 @dataclass(frozen=True)

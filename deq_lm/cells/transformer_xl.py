@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
-from deq_lm.cells.base import Autocast, BoundCell, Cell, CellConfig
+from deq_lm.autocast import Autocast
+from deq_lm.cells.base import BoundCell, Cell, CellConfig
 from deq_lm.cells.memory import Memory
 from deq_lm.cells.relative_position import by_key, sinusoids
 from deq_lm.cells.variational_dropout import variational_mask

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import weakref
 
-import torch
 from torch import Tensor
 
 from deq_lm._types import FixedPointMap
+from deq_lm.autocast import Autocast
 
 
 class CheckedMap:
@@ -22,18 +22,14 @@ class CheckedMap:
 
     def __init__(self, f: FixedPointMap, device_type: str) -> None:
         self._f = f
-        self._autocast = {
-            "device_type": device_type,
-            "enabled": torch.is_autocast_enabled(device_type),
-            "dtype": torch.get_autocast_dtype(device_type),
-        }
+        self._autocast = Autocast.current(device_type)
         self._last: weakref.ref[Tensor] | None = None
 
     def __call__(self, z: Tensor) -> Tensor:
         last = None if self._last is None else self._last()
         watched = [tensor for tensor in (z, last) if tensor is not None and not tensor.is_inference()]
         versions = [tensor._version for tensor in watched]
-        with torch.autocast(**self._autocast):
+        with self._autocast.enter():
             image = self._f(z)
         if image.shape != z.shape:
             raise ValueError(

@@ -40,5 +40,5 @@ def hold(active: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
 
 
 def over(units: Tensor, state: Tensor) -> Tensor:
-    """A value per unit, (B, U), as (B, U, 1, ...), to be broadcast over a state (B, L, ...)."""
+    """A value per unit, (B, U), as (B, U, 1, ...), to be broadcast over a state, or anything else with as many axes."""
     return units.reshape(*units.shape, *(1,) * (state.dim() - 2))

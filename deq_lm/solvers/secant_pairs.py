@@ -19,7 +19,7 @@ from torch import Tensor
 from deq_lm._types import Scope
 from deq_lm.solvers.base import SolverState
 from deq_lm.solvers.norms import rounding
-from deq_lm.solvers.scope import accumulate, split_units
+from deq_lm.solvers.scope import accumulate, over, split_units
 from deq_lm.solvers.secant_history import ProductMatrix, SecantHistory
 
 IMAGES, RESIDUALS = 0, 1
@@ -102,7 +102,7 @@ class SecantPairs:
         moves them.
         """
         residual = split_units(residual, self._scope)
-        norm = residual.square().sum(dim=-1)
+        size, norm = residual.shape[-1], residual.square().sum(dim=-1)
         self._update(residual)
         del residual  # the caller's only one, and as large as what follows
 
@@ -113,10 +113,14 @@ class SecantPairs:
         squares = history.oldest_first(self._sum(self._squares[:, :, : len(history)], active))
         usable = history.oldest_first(history.usable)
         largest = torch.where(usable, squares, 0.0).amax(dim=-1, keepdim=True)
+        usable = usable & (squares > rounding(squares.dtype) ** 2 * largest)
+        # More pairs than there are numbers to move leave gamma to the rounding: the newest that many count.
+        num_numbers = size * accumulate(torch.ones_like(norm) if active is None else active.to(norm))
+        usable = usable & (usable.flip(-1).cumsum(dim=-1).flip(-1) <= num_numbers[..., None])
         return PairProducts(
             self._sum(self._matrix.oldest_first(history), active),
             self._sum(history.oldest_first(self._projections), active),
-            usable & (squares > rounding(squares.dtype) ** 2 * largest),
+            usable,
         )
 
     def _update(self, residual: Tensor) -> None:
@@ -155,9 +159,7 @@ class SecantPairs:
 
     @staticmethod
     def _sum(products: Tensor, active: Tensor | None) -> Tensor:
-        if active is not None:
-            products = products * active.reshape(*active.shape, *(1,) * (products.dim() - 2))
-        return accumulate(products)
+        return accumulate(products if active is None else products * over(active, products))
 
 
 def check_restart_growth(owner: str, restart_growth: float) -> None:

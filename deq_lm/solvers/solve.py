@@ -26,7 +26,7 @@ def solve(
     *,
     solver: FixedPointSolver,
     stopping: StoppingRule | None = None,
-    fallback: FixedPointSolver | None = FALLBACK,
+    fallback: Picard | None = FALLBACK,
     differentiable: bool = False,
 ) -> Solution:
     """Find z with f(z) = z.
@@ -44,8 +44,8 @@ def solve(
         z0: the start, (B, L, ...). Half precision is widened: state and inner products are float32 or wider.
         solver: how to step.
         stopping: when to stop; None is `StoppingRule()`.
-        fallback: what units go on with, from their best state and for the steps that are left, after coefficients led them
-            astray (DIVERGED, NON_FINITE); None leaves them there. Not used after a solver without coefficients.
+        fallback: what units go on with, from their best state and for the steps that each has left, after coefficients led
+            them astray (DIVERGED, NON_FINITE); None leaves them there. Not used after a solver without coefficients.
         differentiable: record the steps for backpropagation (only for solvers that can be), and return the last iterate.
             Otherwise nothing is recorded.
 
@@ -130,8 +130,8 @@ class _Run:
             extra = units.any(dim=1, keepdim=True).int()
             self.progress = replace(self.progress, num_evaluations=self.progress.num_evaluations + extra)
 
-    def fall_back(self, solver: FixedPointSolver) -> None:
-        """Go on from the best points of failed units with another solver, for the steps that are left."""
+    def fall_back(self, solver: Picard) -> None:
+        """Go on from the best points of failed units with another solver, for the steps that each has left."""
         units = self.failed() & self.progress.best_norm.isfinite()
         self.return_to_best(units)
         self.used_fallback = units

@@ -3,8 +3,8 @@
 A unit is a sequence, or under the prefix scope the prefix that ends at position t, and norms are over all of it: it has
 converged at the first step at which ||f(z) - z|| <= atol + rtol ||f(z)|| holds for it and every shorter prefix. When and
 why position t stops is thus a function of tokens <= t, and every prefix is solved as well as it would be if the text ended
-there. A unit that has stopped is frozen. It may stop only together with or after all units before it, whose later moves
-would change its image; but one that diverges is frozen at once.
+there. A unit that has stopped is frozen. It may converge or stall only together with or after all units before it, whose
+later moves would change its image; one that diverges, or has no steps left, is frozen at once.
 """
 
 from __future__ import annotations
@@ -136,17 +136,12 @@ class StoppingRule:
         return self._judge(stepped, norm, image_norm)
 
     def reopen(self, progress: Progress, units: Tensor) -> Progress:
-        """Let units that have stopped, (B, U) bool, go on from their best states for the steps they have left.
-
-        In a sequence all of them have as many as the one that took most.
-        """
-        taken = torch.where(units, progress.num_steps, 0).amax(dim=1, keepdim=True)
-        num_steps = torch.where(units, taken, progress.num_steps)
+        """Let units that have stopped, (B, U) bool, go on from their best states for the steps that each has left."""
         return replace(
             progress,
-            active=units & (num_steps < self.max_steps),
+            active=units & (progress.num_steps < self.max_steps),
             outcome=torch.where(units, int(Outcome.MAX_STEPS), progress.outcome).to(torch.int8),
-            num_steps=num_steps,
+            norm=torch.where(units, progress.best_norm, progress.norm),
             mark_norm=torch.where(units, progress.best_norm, progress.mark_norm),
             steps_since_mark=torch.where(units, 0, progress.steps_since_mark),
         )
@@ -169,8 +164,9 @@ class StoppingRule:
         outcome = torch.where(~finite, int(Outcome.NON_FINITE), outcome).to(torch.int8)
 
         failed = outcome >= Outcome.DIVERGED
-        stopping = ~active | (outcome != Outcome.MAX_STEPS) | (progress.num_steps >= self.max_steps)
-        stops = active & (failed | _all_up_to(stopping))
+        exhausted = progress.num_steps >= self.max_steps
+        stopping = ~active | (outcome != Outcome.MAX_STEPS)
+        stops = active & (failed | exhausted | _all_up_to(stopping))
         return replace(
             progress,
             active=active & ~stops,

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from deq_lm import DEQLMConfig, DEQLMForCausalLM
-from deq_lm.cells import Autocast, BoundCell, Cell, CellConfig, Memory
+from deq_lm.autocast import Autocast
+from deq_lm.cells import BoundCell, Cell, CellConfig, Memory
 from deq_lm.errors import ConfigError
 from deq_lm.modeling import build_config, builders
 from deq_lm.training import train

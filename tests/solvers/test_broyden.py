@@ -105,18 +105,19 @@ def test_the_rings_keep_the_newest_rows_in_order():
 
 
 @pytest.mark.parametrize("scope", ["prefix", "sequence"])
-def test_limited_memory_never_blows_up_on_a_map_it_cannot_solve(scope):
+@pytest.mark.parametrize("divergence_factor", [None, 1e4])
+def test_limited_memory_never_blows_up_on_a_map_it_cannot_solve(scope, divergence_factor):
     problem = linear("hard", 1.5, length=6, width=6)
     solver = Broyden(scope=scope, history_size=3)
-    rule = StoppingRule(max_steps=300, rtol=1e-12, patience=None)
+    rule = StoppingRule(max_steps=300, rtol=1e-12, patience=None, divergence_factor=divergence_factor)
     solution = solve(problem.f, problem.z0, solver=solver, stopping=rule)
     assert solution.z.isfinite().all()
     assert (solution.converged == (solution.relative_residual <= 1e-12)).all()
-    failed = solution.outcome == Outcome.DIVERGED
-    assert failed.any()  # it is that hard, and says so after trying the fallback
-    assert torch.equal(solution.used_fallback, failed)
+    assert (solution.used_fallback >= (solution.outcome >= Outcome.DIVERGED)).all()
     growth = solution.residual_norm / solution.trace.residual_norm[0]
     assert (growth <= (10.0 if scope == "prefix" else 1.0)).all()  # prefixes have their best states at different steps
+    if scope == "prefix" and divergence_factor is None:
+        assert solution.converged.all()  # it can, given 300 steps
 
 
 def test_a_prefix_whose_residual_grows_forgets_its_pairs_and_the_others_keep_theirs():

@@ -40,7 +40,7 @@ Those tests that are in this file try the faulty design as well, in a few lines,
 7. Anderson's method that fails in half precision and in float64, or does not move within two steps.
     tests/solvers/test_peer_faults.py::test_one_or_two_steps_move_the_state_in_every_precision
     tests/solvers/test_contract.py::test_half_precision_and_strided_starts_are_solved_in_float32
-    tests/solvers/test_contract.py::test_under_autocast_f_runs_in_half_precision_and_the_solver_does_not
+    tests/solvers/test_map_contract.py::test_under_autocast_f_runs_in_half_precision_and_the_solver_does_not
 8. A spectral radius by the Rayleigh quotient.
     tests/solvers/test_peer_faults.py::test_a_rotation_has_the_spectral_radius_of_its_scale
     tests/regularizers/test_jacobian.py::test_the_spectral_radius_of_rotations_and_of_non_normal_maps
