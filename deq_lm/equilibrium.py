@@ -16,19 +16,19 @@ from deq_lm.solvers import Broyden, FixedPointSolver, Picard, Solution, Stopping
 
 
 @dataclass(frozen=True)
-class EquilibriumOutput:
+class SegmentOutput:
     """What one segment gives.
 
     Attributes:
         output: f(z*), (B, L, D), with the gradient.
         memory: what the next segment may attend to; None if the cell keeps none.
-        solution: the forward solve's facts, without gradient.
+        solution: the forward solve's facts, without gradient; None where nothing is solved.
         jacobian: `jacobian_frobenius` at z*, if asked for.
     """
 
     output: Tensor
     memory: Memory | None
-    solution: Solution
+    solution: Solution | None
     jacobian: Tensor | None = None
 
 
@@ -84,7 +84,7 @@ class Equilibrium(nn.Module):
         stopping: StoppingRule | None = None,
         num_unrolled_steps: int | None = None,
         estimate_jacobian: bool = False,
-    ) -> EquilibriumOutput:
+    ) -> SegmentOutput:
         """Solve one segment.
 
         Args:
@@ -112,7 +112,7 @@ class Equilibrium(nn.Module):
             output = solution.image
         output = output.to(x.dtype)
         jacobian = jacobian_frobenius(f, solution.z) if estimate_jacobian else None
-        return EquilibriumOutput(output, self.cell.remember(output, x, memory), solution, jacobian)
+        return SegmentOutput(output, self.cell.remember(f, output, x, memory), solution, jacobian)
 
     def _keep_adjoint_solution(self, solution: Solution) -> None:
         self.adjoint_solution = solution

@@ -1,7 +1,8 @@
 """f itself: modules that know neither solver nor loss."""
 
 from deq_lm.cells.base import BoundCell, Cell, CellConfig
+from deq_lm.cells.composed import ComposedCell
 from deq_lm.cells.memory import Memory
 from deq_lm.cells.transformer_xl import TransformerXLCell, TransformerXLConfig
 
-__all__ = ["BoundCell", "Cell", "CellConfig", "Memory", "TransformerXLCell", "TransformerXLConfig"]
+__all__ = ["BoundCell", "Cell", "CellConfig", "ComposedCell", "Memory", "TransformerXLCell", "TransformerXLConfig"]

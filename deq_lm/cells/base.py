@@ -17,12 +17,14 @@ from deq_lm.cells.memory import Memory
 class CellConfig:
     """What every cell's configuration says; a cell subclasses it and adds its own fields (plain data, with defaults).
 
-    The model reads these three and no other:
+    The model reads these and `reads_input`, and no other:
 
     Attributes:
         d_model: width of the state and of the injected input.
         mem_len: positions of memory a segment may attend to; 0 keeps none.
         init_std: standard deviation of the initial effective weights, the token embedding's included.
+        num_blocks: f is this many such maps one after the other, each with weights and memory of its own
+            (`ComposedCell`).
 
     Raises:
         ValueError: if a value is out of range.
@@ -31,6 +33,7 @@ class CellConfig:
     d_model: int = 128
     mem_len: int = 64
     init_std: float = 0.05
+    num_blocks: int = 1
 
     def __post_init__(self) -> None:
         if self.d_model < 1:
@@ -39,6 +42,13 @@ class CellConfig:
             raise ValueError(f"mem_len={self.mem_len}: expected 0 (no memory) or more positions.")
         if not self.init_std > 0.0:
             raise ValueError(f"init_std={self.init_std}: expected a value above 0.")
+        if self.num_blocks < 1:
+            raise ValueError(f"num_blocks={self.num_blocks}: expected 1 or more.")
+
+    @property
+    def reads_input(self) -> bool:
+        """Whether f depends on x; an equilibrium of a map that does not would know nothing of the text."""
+        return True
 
 
 @dataclass(frozen=True)
@@ -87,10 +97,12 @@ class Cell(nn.Module):
     """The map f of a deep equilibrium model; knows neither solver nor loss.
 
     A cell is made of nothing but its configuration, `YourCell(config)`, and draws its parameters in `reset_parameters`.
+    It is one block, whatever `config.num_blocks` says.
     """
 
     def __init__(self, config: CellConfig) -> None:
         super().__init__()
+        self.mem_len = config.mem_len
 
     @abstractmethod
     def bind(self, x: Tensor, memory: Memory | None = None, key_mask: Tensor | None = None) -> BoundCell:
@@ -108,12 +120,13 @@ class Cell(nn.Module):
     def reset_parameters(self) -> None:
         """Draw all parameters anew (after construction on the meta device, say); `__init__` calls it too."""
 
-    @abstractmethod
-    def remember(self, z: Tensor, x: Tensor, memory: Memory | None) -> Memory | None:
+    def remember(self, f: BoundCell, z: Tensor, x: Tensor, memory: Memory | None) -> Memory | None:
         """The memory for the next segment, detached, cut to the cell's memory length (None if that is 0).
 
         Args:
+            f: what `bind` gave for this segment.
             z: the equilibrium, (B, L, D).
             x: the injected input it belongs to, (B, L, D).
             memory: the memory this segment was given.
         """
+        return Memory.extend(memory, z, x, self.mem_len)

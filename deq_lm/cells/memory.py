@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,7 +15,7 @@ class Memory:
     """Past positions a segment may attend to; never carries a gradient.
 
     Attributes:
-        z: equilibria of the last M positions, (B, M, D).
+        z: equilibria of the last M positions, (B, M, D). Of several blocks, what each was given, side by side.
         x: the injected inputs of the same positions, (B, M, D). Keys and values of memory are computed from both by
             the current weights, so that memory gives the same keys as the positions would have in one long segment.
         mask: (B, M) bool, False at padding, which is not attended to; None if there is none.
@@ -39,6 +40,16 @@ class Memory:
                 mask = F.pad(memory.mask, (0, z.shape[1]), value=True)[:, -max_length:].contiguous()
             z, x = torch.cat([memory.z, z], dim=1), torch.cat([memory.x, x], dim=1)
         return Memory(z[:, -max_length:].contiguous(), x[:, -max_length:].contiguous(), mask)
+
+    def parts(self, num_blocks: int) -> list[Memory]:
+        """The memory of each block, of a memory that has `z` of all of them side by side."""
+        return [replace(self, z=z) for z in self.z.chunk(num_blocks, dim=-1)]
+
+    @staticmethod
+    def joined(parts: Sequence[Memory | None]) -> Memory | None:
+        """The inverse of `parts`: one memory, of memories of the same positions; None if there are none."""
+        memories = [part for part in parts if part is not None]
+        return replace(memories[0], z=torch.cat([memory.z for memory in memories], dim=-1)) if memories else None
 
     def mark_padding(self, key_mask: Tensor) -> Memory:
         """The same memory, of whose newest positions those are padding where `key_mask`, (B, L) bool, is False."""

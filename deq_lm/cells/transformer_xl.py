@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
+from torch.utils.checkpoint import checkpoint
 
 from deq_lm.autocast import Autocast
 from deq_lm.cells.base import BoundCell, Cell, CellConfig
@@ -31,6 +32,14 @@ class TransformerXLConfig(CellConfig):
             value: with a plain residual stream, z + ..., the identity is part of f and its spectral radius is 1 or more.
         weight_norm: weight normalization of every linear map, computed once per solve.
         dropout: probability of the variational masks on the outputs of attention and feed-forward network, in [0, 1).
+        injection: whether x enters queries, keys and values; False is a layer of an ordinary transformer, which has no
+            equilibrium that depends on x.
+        attention_window: newest positions a query may attend to, itself included; None is all.
+        ffn_chunks: parts, at most, that the rows of the feed-forward network are computed in, one after the other, so that
+            in a solve its hidden tensor is never there at once.
+        recompute: what a recorded evaluation does not save but computes anew in each of its backward passes:
+            "feed_forward" the hidden tensors (with `ffn_chunks`, one at a time), "block" everything (gradient
+            checkpointing). An implicit adjoint makes a backward pass per step.
 
     Raises:
         ValueError: if a value is out of range.
@@ -41,20 +50,31 @@ class TransformerXLConfig(CellConfig):
     norm: Literal["post", "pre"] = "post"
     weight_norm: bool = False
     dropout: float = 0.0
+    injection: bool = True
+    attention_window: int | None = None
+    ffn_chunks: int = 1
+    recompute: Literal["none", "feed_forward", "block"] = "none"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("num_heads", "d_inner"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: expected 1 or more.")
+        for name in ("num_heads", "d_inner", "ffn_chunks", "attention_window"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value}: expected 1 or more.")
         if self.d_model % self.num_heads:
             raise ValueError(
                 f"d_model={self.d_model} is not divisible by num_heads={self.num_heads}: every head gets an equal share."
             )
         if self.norm not in ("post", "pre"):
             raise ValueError(f"norm={self.norm!r}: expected 'post' or 'pre'.")
+        if self.recompute not in ("none", "feed_forward", "block"):
+            raise ValueError(f"recompute={self.recompute!r}: expected 'none', 'feed_forward' or 'block'.")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout={self.dropout}: expected a probability in [0, 1).")
+
+    @property
+    def reads_input(self) -> bool:
+        return self.injection
 
 
 class TransformerXLCell(Cell):
@@ -74,7 +94,8 @@ class TransformerXLCell(Cell):
         self.config = config
         width = config.d_model
         self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.inject = nn.Linear(width, 3 * width, bias=False)
+        if config.injection:
+            self.inject = nn.Linear(width, 3 * width, bias=False)
         self.distance = nn.Linear(width, width, bias=False)
         self.merge = nn.Linear(width, width, bias=False)
         self.expand = nn.Linear(width, config.d_inner)
@@ -113,14 +134,14 @@ class TransformerXLCell(Cell):
         autocast = Autocast.current(x.device.type)
         num_keys = length + (0 if memory is None else memory.length)
         # Reading a weight computes its normalization: here, once.
-        qkv, inject = autocast.convert(self.qkv.weight), autocast.convert(self.inject.weight)
+        qkv = autocast.convert(self.qkv.weight)
+        inject = autocast.convert(self.inject.weight) if self.config.injection else None
         distances = F.linear(sinusoids(num_keys, width, like=x), self.distance.weight * self._scale)
         distances = F.pad(distances, (0, 0, 0, 1))  # (K + 1, D): the unused column of `by_key`
         tensors = {
             "qkv": qkv,
-            "injection": F.linear(x, inject),  # (B, L, 3 D)
             "distances": self._heads(distances).transpose(-2, -1).contiguous(),  # (H, E, K + 1)
-            "mask": autocast.convert(_attention_mask(x, memory, key_mask)),
+            "mask": autocast.convert(_attention_mask(x, memory, key_mask, self.config.attention_window)),
             "content_bias": autocast.convert(self._heads(self.content_bias)[:, None, None]),  # (H, 1, 1, E)
             "distance_bias": autocast.convert(self._heads(self.distance_bias)[:, None, None]),  # (H, 1, 1, E)
             "merge": autocast.convert(self.merge.weight),
@@ -133,11 +154,15 @@ class TransformerXLCell(Cell):
             "output_norm": self.output_norm.weight,
             "output_norm_bias": self.output_norm.bias,
         }
+        if inject is not None:
+            tensors["injection"] = F.linear(x, inject)  # (B, L, 3 D)
         if memory is not None:
             z = memory.z
             if self.config.norm == "pre":
                 z = self._normalize(z, tensors, "attention_norm")
-            keys_values = F.linear(z, qkv[width:]) + F.linear(memory.x, inject[width:])  # (B, M, 2 D)
+            keys_values = F.linear(z, qkv[width:])  # (B, M, 2 D)
+            if inject is not None:
+                keys_values = keys_values + F.linear(memory.x, inject[width:])
             tensors["memory_key"], tensors["memory_value"] = map(self._heads, keys_values.chunk(2, dim=-1))
         if self.training and self.config.dropout > 0:
             tensors["attention_dropout"] = variational_mask(x, self.config.dropout)
@@ -146,18 +171,9 @@ class TransformerXLCell(Cell):
 
     def evaluate(self, z: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         """f(z), (B, L, D), reading nothing but `tensors`."""
-        pre = self.config.norm == "pre"
-        attention = self._attention(self._normalize(z, tensors, "attention_norm") if pre else z, tensors)
-        h = z + _drop(attention, tensors, "attention_dropout")
-        h = self._normalize(h, tensors, "output_norm" if pre else "attention_norm")
-        rows = h.flatten(0, 1)  # as rows, a linear map's result is no view, and relu_ needs no copy for autograd
-        hidden = F.linear(rows, tensors["expand"], tensors["expand_bias"]).relu_()
-        out = F.linear(hidden, tensors["contract"], tensors["contract_bias"]).view_as(h)
-        out = h + _drop(out, tensors, "output_dropout")
-        return out if pre else self._normalize(out, tensors, "output_norm")
-
-    def remember(self, z: Tensor, x: Tensor, memory: Memory | None) -> Memory | None:
-        return Memory.extend(memory, z, x, self.config.mem_len)
+        return (
+            _recomputed(self._evaluate, z, tensors) if self.config.recompute == "block" else self._evaluate(z, tensors)
+        )
 
     def _check(self, x: Tensor, memory: Memory | None, key_mask: Tensor | None) -> None:
         batch, length, width = x.shape
@@ -180,8 +196,28 @@ class TransformerXLCell(Cell):
                     "position, False at padding. A key_mask is for x alone; memory brings its own mask."
                 )
 
+    def _evaluate(self, z: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        pre = self.config.norm == "pre"
+        attention = self._attention(self._normalize(z, tensors, "attention_norm") if pre else z, tensors)
+        h = z + _drop(attention, tensors, "attention_dropout")
+        h = self._normalize(h, tensors, "output_norm" if pre else "attention_norm")
+        out = h + _drop(self._feed_forward(h, tensors), tensors, "output_dropout")
+        return out if pre else self._normalize(out, tensors, "output_norm")
+
+    def _feed_forward(self, h: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        # as rows, a linear map's result is no view, and relu_ needs no copy for autograd
+        rows = h.flatten(0, 1)
+        chunks = rows.split(_chunk_rows(len(rows), self.config.ffn_chunks))
+        if self.config.recompute == "feed_forward":
+            images = [_recomputed(_two_layers, chunk, tensors) for chunk in chunks]
+        else:
+            images = [_two_layers(chunk, tensors) for chunk in chunks]
+        return (images[0] if len(images) == 1 else torch.cat(images)).view_as(h)
+
     def _attention(self, z: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-        projected = F.linear(z, tensors["qkv"]) + tensors["injection"]
+        projected = F.linear(z, tensors["qkv"])
+        if "injection" in tensors:
+            projected = projected + tensors["injection"]
         query, key, value = map(self._heads, projected.chunk(3, dim=-1))  # (H, B, L, E)
         if "memory_key" in tensors:
             key = torch.cat([tensors["memory_key"], key], dim=2)  # (H, B, K, E)
@@ -206,14 +242,36 @@ class TransformerXLCell(Cell):
         return F.layer_norm(x, x.shape[-1:], tensors[name], tensors[f"{name}_bias"])
 
 
+def _chunk_rows(num_rows: int, num_chunks: int) -> int:
+    """Rows of a chunk, a multiple of 16: matrix products round the rows left over from their blocks differently."""
+    return num_rows if num_chunks == 1 else 16 * math.ceil(num_rows / num_chunks / 16)
+
+
+def _two_layers(rows: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+    """W_2 relu(W_1 row + b_1) + b_2 of each row, (R, D)."""
+    hidden = F.linear(rows, tensors["expand"], tensors["expand_bias"]).relu_()
+    return F.linear(hidden, tensors["contract"], tensors["contract_bias"])
+
+
+def _recomputed(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """`function` with nothing saved for backward but its arguments; nothing random may be inside."""
+    if not torch.is_grad_enabled():
+        return function(*arguments)
+    result = checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
+    assert isinstance(result, Tensor)
+    return result
+
+
 def _drop(x: Tensor, tensors: Mapping[str, Tensor], name: str) -> Tensor:
     return x * tensors[name] if name in tensors else x
 
 
-def _attention_mask(x: Tensor, memory: Memory | None, key_mask: Tensor | None) -> Tensor:
+def _attention_mask(x: Tensor, memory: Memory | None, key_mask: Tensor | None, window: int | None) -> Tensor:
     """0 where a query may look and -inf elsewhere, (L, K) or (B, L, K); every query sees itself, so no row is empty."""
     (batch, length), past = x.shape[:2], 0 if memory is None else memory.length
     visible = torch.ones(length, past + length, dtype=torch.bool, device=x.device).tril(past)
+    if window is not None:
+        visible = visible.triu(past - window + 1)
     past_mask = None if memory is None else memory.mask
     if key_mask is not None or past_mask is not None:
         itself = torch.zeros_like(visible).diagonal_scatter(visible.new_ones(length), past)

@@ -58,20 +58,25 @@ class Perplexity:
 
 @dataclass(frozen=True)
 class PerplexityResult:
-    """A model's perplexity, and the solves it was computed with."""
+    """A model's perplexity, and the solves it was computed with; None for a model that has none."""
 
     perplexity: Perplexity
-    solves: SolveStatistics
+    solves: SolveStatistics | None
 
     def metrics(self) -> dict[str, float | int | None]:
         """The numbers by name, for a training log."""
-        return {
+        numbers = {
             "nats_per_token": self.perplexity.nats_per_token,
             "token_perplexity": self.perplexity.token_perplexity,
             "nats_per_word": self.perplexity.nats_per_word,
             "word_perplexity": self.perplexity.word_perplexity,
             "bits_per_byte": self.perplexity.bits_per_byte,
             "num_tokens": self.perplexity.num_tokens,
+        }
+        if self.solves is None:
+            return numbers
+        return {
+            **numbers,
             "solver_evaluations": self.solves.mean_evaluations,
             "solver_evaluations_max": self.solves.max_evaluations,
             "solver_residual": self.solves.median_residual,

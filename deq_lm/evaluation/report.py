@@ -65,6 +65,8 @@ def _protocol(result: EvaluationResult) -> list[str]:
 
 def _solves(result: EvaluationResult) -> list[str]:
     model, solves = result.model, result.solves
+    if solves is None:
+        return _item("depth", f"a stack of {model['num_layers']} layers")
     residuals = (
         f"relative: median {_number(solves.median_residual, '.1e')}, 95 % {_number(solves.residual_95, '.1e')}, "
         f"largest {_number(solves.max_residual, '.1e')}"

@@ -49,7 +49,7 @@ class EvaluationResult:
         perplexity: of the model.
         unigram: of a unigram model of the same tokens, fitted to the training split.
         bigram: of a bigram model, likewise.
-        solves: behind the model's perplexity.
+        solves: behind the model's perplexity; None if it has none.
         causality: whether the model sees what it predicts.
         no_op: whether the solve matters; None if it was not asked for or the model is no equilibrium.
         memory: of a training step, at each depth; empty likewise.
@@ -71,7 +71,7 @@ class EvaluationResult:
     perplexity: Perplexity
     unigram: Perplexity
     bigram: Perplexity
-    solves: SolveStatistics
+    solves: SolveStatistics | None
     causality: CausalityAudit
     no_op: NoOpCheck | None
     memory: tuple[MemoryRow, ...]
@@ -85,7 +85,8 @@ class EvaluationResult:
         numbers: dict[str, Any] = {
             model: {name: getattr(perplexity, name) for name in names} for model, perplexity in models.items()
         }
-        return {**numbers, "share_converged": self.solves.share_converged, "is_causal": self.causality.is_causal}
+        share_converged = None if self.solves is None else self.solves.share_converged
+        return {**numbers, "share_converged": share_converged, "is_causal": self.causality.is_causal}
 
 
 def write_result(path: Path, result: EvaluationResult) -> None:

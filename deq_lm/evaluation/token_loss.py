@@ -57,12 +57,12 @@ class TokenLoss:
     Attributes:
         nll_nats: the sum of -log p over the targets.
         num_targets: how many were scored.
-        solves: the forward solves.
+        solves: the forward solves; None if the model has none.
     """
 
     nll_nats: float
     num_targets: int
-    solves: SolveStatistics
+    solves: SolveStatistics | None
 
 
 @dataclass
@@ -113,7 +113,8 @@ def score_tokens(
             memory = output.memory
             sums.nll_nats += output.nll_nats.item()
             sums.num_targets += int(output.num_targets)
-            sums.add_solves(output.solution, (targets != IGNORED).any(dim=1))
+            if output.solution is not None:
+                sums.add_solves(output.solution, (targets != IGNORED).any(dim=1))
     return _total([sums] if accelerator is None else gather_object([sums]))
 
 
@@ -124,22 +125,26 @@ def without_padding(segment: Segment) -> tuple[Tensor, Tensor]:
 
 
 def _total(parts: list[_Sums]) -> TokenLoss:
+    return TokenLoss(
+        nll_nats=math.fsum(part.nll_nats for part in parts),
+        num_targets=sum(part.num_targets for part in parts),
+        solves=_statistics(parts) if any(part.outcomes for part in parts) else None,
+    )
+
+
+def _statistics(parts: list[_Sums]) -> SolveStatistics:
     outcomes = Counter(Outcome(code).name.lower() for part in parts for code in part.outcomes)
     evaluations = [count for part in parts for count in part.evaluations]
     residuals = np.array([value for part in parts for value in part.residuals])
     residuals = np.where(np.isfinite(residuals), residuals, np.inf)  # a failed solve is worse than any other
     median, upper, largest = np.quantile(residuals, (0.5, 0.95, 1.0), method="higher").tolist()
-    return TokenLoss(
-        nll_nats=math.fsum(part.nll_nats for part in parts),
-        num_targets=sum(part.num_targets for part in parts),
-        solves=SolveStatistics(
-            outcomes=dict(outcomes),
-            mean_evaluations=sum(evaluations) / len(evaluations),
-            max_evaluations=max(evaluations),
-            median_residual=finite(median),
-            residual_95=finite(upper),
-            max_residual=finite(largest),
-        ),
+    return SolveStatistics(
+        outcomes=dict(outcomes),
+        mean_evaluations=sum(evaluations) / len(evaluations),
+        max_evaluations=max(evaluations),
+        median_residual=finite(median),
+        residual_95=finite(upper),
+        max_residual=finite(largest),
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from deq_lm.adjoints import Adjoint, Implicit, JacobianFree, Phantom, Reversed, Unrolled
 from deq_lm.cells.base import Cell, CellConfig
+from deq_lm.cells.composed import ComposedCell
 from deq_lm.cells.transformer_xl import TransformerXLCell, TransformerXLConfig
 from deq_lm.solvers import Anderson, Broyden, FixedPointSolver, Picard, Reversible, StoppingRule
 from deq_lm.structure import build, choose, to_mapping
@@ -63,8 +64,9 @@ def build_cell_config(mapping: Any, where: str) -> CellConfig:
 
 def build_cell(config: CellConfig) -> Cell:
     """The cell a configuration describes."""
-    (cell,) = [cell for kind, cell in CELLS.values() if type(config) is kind]
-    return cell(config)
+    (kind,) = [cell for settings, cell in CELLS.values() if type(config) is settings]
+    blocks = [kind(config) for _ in range(config.num_blocks)]
+    return blocks[0] if len(blocks) == 1 else ComposedCell(config, blocks)
 
 
 def solver_mapping(solver: FixedPointSolver) -> dict[str, Any]:

@@ -30,8 +30,9 @@ class ModelSettings:
 
     Attributes:
         cell: {"name": "transformer_xl", ...}, the map f; see `deq_lm.modeling.builders.CELLS`.
-        depth: "equilibrium" solves z = f(z); "unrolled" evaluates f `num_layers` times, with the same parameters.
-        num_layers: evaluations of the unrolled model; null for an equilibrium.
+        depth: "equilibrium" solves z = f(z); "unrolled" evaluates f `num_layers` times, with the same parameters; "stack"
+            has `num_layers` cells, each with parameters of its own and evaluated once, as an ordinary transformer.
+        num_layers: of the unrolled model or the stack; null for an equilibrium.
         solver: {"name": "broyden" | "anderson" | "picard" | "reversible", ...}, forward.
         stopping: forward, in training.
         evaluation_stopping: forward, in evaluation; null is `stopping`.
@@ -39,11 +40,11 @@ class ModelSettings:
             backpropagates through the steps of the solver, which has to be "picard" or "reversible"; "reversible" runs a
             "reversible" one backwards.
 
-    An unrolled model has no solve: the last four have no effect on it, and warn if they are not the defaults.
+    Only an equilibrium has a solve: the last four have no effect on the others, and warn if they are not the defaults.
     """
 
     cell: Mapping[str, Any]
-    depth: Literal["equilibrium", "unrolled"] = "equilibrium"
+    depth: Literal["equilibrium", "unrolled", "stack"] = "equilibrium"
     num_layers: int | None = None
     solver: Mapping[str, Any] = field(default_factory=lambda: {"name": "broyden"})
     stopping: StoppingRule = field(default_factory=StoppingRule)
@@ -88,16 +89,22 @@ class DEQLMConfig(PreTrainedConfig):
     pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if self.depth not in ("equilibrium", "unrolled"):
-            raise ConfigError(f"model.depth: {self.depth!r}; expected 'equilibrium' or 'unrolled'.")
-        if (self.depth == "unrolled") != (self.num_layers is not None):
+        if self.depth not in ("equilibrium", "unrolled", "stack"):
+            raise ConfigError(f"model.depth: {self.depth!r}; expected 'equilibrium', 'unrolled' or 'stack'.")
+        if (self.depth == "equilibrium") != (self.num_layers is None):
             raise ConfigError(
-                f"model.depth={self.depth} with num_layers={self.num_layers}: give num_layers to an unrolled model, and "
-                "only to one (an equilibrium has no number of layers; see stopping.max_steps)."
+                f"model.depth={self.depth} with num_layers={self.num_layers}: give num_layers to an unrolled model or a "
+                "stack, and only to these (an equilibrium has no number of layers; see stopping.max_steps)."
             )
         if self.num_layers is not None and self.num_layers < 1:
             raise ConfigError(f"model.num_layers={self.num_layers}: expected 1 or more evaluations of the cell.")
-        self.cell = cell_mapping(build_cell_config(self.cell or {"name": "transformer_xl"}, "model.cell"))
+        cell = build_cell_config(self.cell or {"name": "transformer_xl"}, "model.cell")
+        if self.depth != "stack" and not cell.reads_input:
+            raise ConfigError(
+                f"model.cell: one without injection in a model of depth {self.depth}, which starts from zero, would know "
+                "nothing of the text. Inject, or take depth=stack, which starts from the embedded tokens."
+            )
+        self.cell = cell_mapping(cell)
         solver = build_solver(self.solver or {"name": "broyden"}, "model.solver")
         self.solver = solver_mapping(solver)
         self.stopping = to_mapping(build_stopping(self.stopping or {}, "model.stopping"))
@@ -105,7 +112,7 @@ class DEQLMConfig(PreTrainedConfig):
             self.evaluation_stopping = to_mapping(build_stopping(self.evaluation_stopping, "model.evaluation_stopping"))
         adjoint = build_adjoint(self.adjoint or {"name": "implicit"}, "model.adjoint")
         self.adjoint = adjoint_mapping(adjoint)
-        if self.depth == "unrolled":
+        if self.depth != "equilibrium":
             self._warn_of_settings_of_a_solve()
         else:
             try:
@@ -128,8 +135,8 @@ class DEQLMConfig(PreTrainedConfig):
         ]
         if unused:
             warn(
-                f"no effect with model.depth=unrolled, which solves nothing: model.{', model.'.join(unused)}. Leave the "
-                "default, or set depth=equilibrium.",
+                f"no effect with model.depth={self.depth}, which solves nothing: model.{', model.'.join(unused)}. Leave "
+                "the default, or set depth=equilibrium.",
                 UnusedSettingWarning,
             )
 

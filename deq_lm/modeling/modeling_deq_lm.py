@@ -11,8 +11,9 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils.generic import ModelOutput
 
+from deq_lm.cells.base import Cell
 from deq_lm.cells.memory import Memory
-from deq_lm.equilibrium import Equilibrium, EquilibriumOutput
+from deq_lm.equilibrium import Equilibrium, SegmentOutput
 from deq_lm.heads.linear import token_nll
 from deq_lm.modeling.builders import (
     build_adjoint,
@@ -23,6 +24,7 @@ from deq_lm.modeling.builders import (
 )
 from deq_lm.modeling.configuration_deq_lm import DEQLMConfig
 from deq_lm.solvers import Solution, StoppingRule
+from deq_lm.stack import Stack
 
 
 @dataclass
@@ -36,7 +38,7 @@ class DEQLMOutput(ModelOutput):
         logits: (B, L, V) float32, if asked for.
         last_hidden_state: f(z*), (B, L, D).
         memory: for the next segment.
-        solution: facts of the forward solve.
+        solution: facts of the forward solve; None from a stack, which has none.
         jacobian: squared Frobenius norm of df/dz at z* per entry, estimated and differentiable, if asked for.
     """
 
@@ -55,7 +57,7 @@ class DEQLMPreTrainedModel(PreTrainedModel):
 
     config_class = DEQLMConfig
     base_model_prefix = "model"
-    _no_split_modules = ["Equilibrium"]  # noqa: RUF012  (the library's protocol; the FSDP unit holds the whole solve)
+    _no_split_modules = ["Equilibrium", "Stack"]  # noqa: RUF012  (the library's protocol; an FSDP unit holds a whole solve)
     _supports_sdpa = True
 
     @torch.no_grad()
@@ -72,11 +74,13 @@ class DEQLMPreTrainedModel(PreTrainedModel):
         checkpoint has brought are put back.
         """
         for module in self.modules():
-            if isinstance(module, Equilibrium) and not getattr(module, "_is_hf_initialized", False):
+            if isinstance(module, Equilibrium | Stack) and not getattr(module, "_is_hf_initialized", False):
                 loaded = [p for p in module.parameters() if getattr(p, "_is_hf_initialized", False)]
                 if len(loaded) < len(list(module.parameters())):
                     values = [parameter.clone() for parameter in loaded]
-                    module.cell.reset_parameters()
+                    for cell in module.modules():
+                        if isinstance(cell, Cell):
+                            cell.reset_parameters()
                     for parameter, value in zip(loaded, values, strict=True):
                         parameter.copy_(value)
         super().initialize_weights()
@@ -88,12 +92,15 @@ class DEQLMModel(DEQLMPreTrainedModel):
     def __init__(self, config: DEQLMConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
-        cell = build_cell(build_cell_config(config.cell, "model.cell"))
-        if config.num_layers is not None:
-            self.equilibrium = Equilibrium.unrolled(cell, config.num_layers)
+        cell_config = build_cell_config(config.cell, "model.cell")
+        self.layers: Equilibrium | Stack
+        if config.num_layers is not None and config.depth == "stack":
+            self.layers = Stack([build_cell(cell_config) for _ in range(config.num_layers)])
+        elif config.num_layers is not None:
+            self.layers = Equilibrium.unrolled(build_cell(cell_config), config.num_layers)
         else:
-            self.equilibrium = Equilibrium(
-                cell,
+            self.layers = Equilibrium(
+                build_cell(cell_config),
                 solver=build_solver(config.solver, "model.solver"),
                 stopping=build_stopping(config.stopping, "model.stopping"),
                 evaluation_stopping=None
@@ -102,7 +109,7 @@ class DEQLMModel(DEQLMPreTrainedModel):
                 adjoint=build_adjoint(config.adjoint, "model.adjoint"),
             )
         # The library's mark: the cell has drawn its parameters, unless they have no storage yet.
-        self.equilibrium._is_hf_initialized = not self.embed_tokens.weight.is_meta  # pyright: ignore[reportArgumentType]
+        self.layers._is_hf_initialized = not self.embed_tokens.weight.is_meta  # pyright: ignore[reportArgumentType]
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -121,14 +128,14 @@ class DEQLMModel(DEQLMPreTrainedModel):
         stopping: StoppingRule | None = None,
         num_unrolled_steps: int | None = None,
         estimate_jacobian: bool = False,
-    ) -> EquilibriumOutput:
+    ) -> SegmentOutput:
         """Arguments and errors as `DEQLMForCausalLM.forward`."""
         _check_shapes(input_ids, attention_mask, memory)
         if stopping is not None and num_unrolled_steps is not None:
             raise ValueError("Give stopping (of the solve) or num_unrolled_steps (instead of a solve), not both.")
         x = self.embed_tokens(input_ids) * self.config.d_model**0.5  # (B, L, D)
         key_mask = None if attention_mask is None else attention_mask.bool()
-        output = self.equilibrium(
+        output = self.layers(
             x,
             memory,
             key_mask=key_mask,
@@ -142,7 +149,7 @@ class DEQLMModel(DEQLMPreTrainedModel):
 
 
 class DEQLMForCausalLM(DEQLMPreTrainedModel, GenerationMixin):
-    """A deep equilibrium language model, or with `depth="unrolled"` the weight-tied network of the same parameters."""
+    """A deep equilibrium language model; by `depth` also the weight-tied or the untied network of the same cells."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
     # The loss is a mean over its own targets; a Trainer that accumulates gradients averages it over the batches.
@@ -157,7 +164,7 @@ class DEQLMForCausalLM(DEQLMPreTrainedModel, GenerationMixin):
     @property
     def adjoint_solution(self) -> Solution | None:
         """Facts of the latest backward pass's adjoint solve; None before it, or if the adjoint has none."""
-        return self.model.equilibrium.adjoint_solution
+        return self.model.layers.adjoint_solution
 
     def forward(
         self,

@@ -199,7 +199,7 @@ class Recipe:
             raise ValueError(f"seed={self.seed}: expected a whole number from 0 to 2**32 - 1.")
         config = build_config(self.model, vocab_size=ANY_VOCAB_SIZE)  # raises on a wrong section
         unconverged = self.training.unconverged_adjoint
-        adjoint = None if config.depth == "unrolled" else build_adjoint(config.adjoint, "model.adjoint")
+        adjoint = None if config.depth != "equilibrium" else build_adjoint(config.adjoint, "model.adjoint")
         if not isinstance(adjoint, Implicit):
             if unconverged.policy != "ignore":
                 warn(

@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from deq_lm.cells.base import BoundCell
+from deq_lm.cells.base import BoundCell, Cell
 from deq_lm.cells.transformer_xl import TransformerXLCell
 from deq_lm.data.encoding import prepare
+from deq_lm.equilibrium import Equilibrium
 from deq_lm.errors import CheckpointError
 from deq_lm.evaluation.loading import load_model, model_folder
 from deq_lm.modeling import DEQLMForCausalLM
@@ -42,15 +43,21 @@ def embed(model: DEQLMForCausalLM, input_ids: Tensor) -> Tensor:
     return (model.model.embed_tokens(input_ids) * model.config.d_model**0.5).detach()
 
 
+def cell_of(model: DEQLMForCausalLM) -> Cell:
+    """The cell of an equilibrium model."""
+    assert isinstance(model.model.layers, Equilibrium), f"a model of depth {model.config.depth} solves nothing"
+    return model.model.layers.cell
+
+
 def trained_cell(model: DEQLMForCausalLM, input_ids: Tensor) -> BoundCell:
     with torch.no_grad():
-        return model.model.equilibrium.cell.bind(embed(model, input_ids))
+        return cell_of(model).bind(embed(model, input_ids))
 
 
 def random_cell(model: DEQLMForCausalLM, input_ids: Tensor, *, seed: int = 0) -> BoundCell:
     """The trained cell's shape with fresh weights, bound to the same input."""
     torch.manual_seed(seed)
-    trained = model.model.equilibrium.cell
+    trained = cell_of(model)
     assert isinstance(trained, TransformerXLCell)
     with torch.no_grad():
         return TransformerXLCell(trained.config).to(input_ids.device).eval().bind(embed(model, input_ids))

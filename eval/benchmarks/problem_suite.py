@@ -382,6 +382,7 @@ def trained_problems(run: Path, *, batch: int = 8, num_segments: int = 2) -> Ite
 
     from deq_lm.data.encoding import PREPARED, prepare
     from deq_lm.data.streams import ContiguousStreams
+    from deq_lm.equilibrium import Equilibrium
     from deq_lm.errors import CheckpointError
     from deq_lm.evaluation.loading import load_model, model_folder
     from deq_lm.training import load_recipe
@@ -401,7 +402,8 @@ def trained_problems(run: Path, *, batch: int = 8, num_segments: int = 2) -> Ite
     tokens = prepare(data).splits["valid"].tokens
     length = recipe.evaluation.segment_length
     streams = ContiguousStreams(tokens, num_streams=batch, segment_length=length, drop_remainder=False)
-    equilibrium = model.requires_grad_(False).model.equilibrium
+    equilibrium = model.requires_grad_(False).model.layers
+    assert isinstance(equilibrium, Equilibrium), f"{folder}: a model of depth {model.config.depth} solves nothing"
     given: list[tuple[Tensor, Memory | None]] = []
     equilibrium.register_forward_pre_hook(lambda _, arguments: given.append(arguments))
     memory = None

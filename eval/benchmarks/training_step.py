@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from cells import embed, load_benchmark_model, token_ids
+from cells import cell_of, embed, load_benchmark_model, token_ids
 from measure import benchmark_parser, interleaved_medians, markdown_table, write_json
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -172,7 +172,7 @@ def main() -> int:
     model = load_benchmark_model(arguments.model, device)
     x = embed(model, token_ids(arguments.model, device))
     torch.manual_seed(0)
-    problem = Problem(model.model.equilibrium.cell.train(), x, torch.randn_like(x))
+    problem = Problem(cell_of(model).train(), x, torch.randn_like(x))
     exact = exact_gradient(problem)
     tables = {}
     for rtol in arguments.rtol:

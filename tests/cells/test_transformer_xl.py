@@ -30,7 +30,9 @@ def states(length: int, seed: int) -> Tensor:
 def attention_by_loops(cell: TransformerXLCell, z: Tensor, x: Tensor) -> Tensor:
     """Dai et al. 2019, section 3.3, with Bai et al.'s injection: one number at a time, the whole past in z and x."""
     width = WIDTH // HEADS
-    projected = z @ cell.qkv.weight.T + x @ cell.inject.weight.T
+    projected = z @ cell.qkv.weight.T
+    if cell.config.injection:
+        projected = projected + x @ cell.inject.weight.T
     query, key, value = projected.split(WIDTH, dim=-1)
     out = torch.zeros_like(z)
     for batch in range(z.shape[0]):
@@ -38,7 +40,8 @@ def attention_by_loops(cell: TransformerXLCell, z: Tensor, x: Tensor) -> Tensor:
             part = slice(head * width, (head + 1) * width)
             for i in range(z.shape[1]):
                 scores = []
-                for j in range(i + 1):
+                first = max(0, i + 1 - (cell.config.attention_window or i + 1))
+                for j in range(first, i + 1):
                     angles = [(i - j) / 10000 ** (2 * k / WIDTH) for k in range(WIDTH // 2)]
                     embedding = torch.tensor([*map(math.sin, angles), *map(math.cos, angles)], dtype=torch.float64)
                     r = (cell.distance.weight @ embedding)[part]
@@ -46,7 +49,7 @@ def attention_by_loops(cell: TransformerXLCell, z: Tensor, x: Tensor) -> Tensor:
                     content = (q + cell.content_bias[part]) @ key[batch, j, part]
                     scores.append((content + (q + cell.distance_bias[part]) @ r) / math.sqrt(width))
                 weights = torch.stack(scores).softmax(0)
-                out[batch, i, part] = sum(w * value[batch, j, part] for j, w in enumerate(weights))
+                out[batch, i, part] = sum(w * value[batch, j, part] for j, w in enumerate(weights, first))
     return out @ cell.merge.weight.T
 
 
@@ -62,9 +65,13 @@ def by_loops(cell: TransformerXLCell, z: Tensor, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("norm", ["post", "pre"])
-@pytest.mark.parametrize("weight_norm", [False, True])
-def test_an_evaluation_with_memory_equals_four_nested_loops(norm, weight_norm: bool):
-    cell = make(norm=norm, weight_norm=weight_norm)
+@pytest.mark.parametrize(
+    "variant",
+    [{}, {"weight_norm": True}, {"injection": False}, {"attention_window": 1}, {"attention_window": 4}],
+    ids=str,
+)
+def test_an_evaluation_with_memory_equals_four_nested_loops(norm, variant: dict):
+    cell = make(norm=norm, **variant)
     z, x = states(PAST + LENGTH, 1), states(PAST + LENGTH, 2)
     with torch.no_grad():
         expected = by_loops(cell, z, x)
@@ -292,8 +299,9 @@ def test_it_can_be_built_without_storage_and_filled_later():
 def test_memory_keeps_the_last_positions_without_gradient():
     cell = make()
     z, x = states(LENGTH, 1).requires_grad_(), states(LENGTH, 2)
-    first = cell.remember(z, x, None)
-    second = cell.remember(z[:, :1], x[:, :1], first)
+    f = cell.bind(x)
+    first = cell.remember(f, z, x, None)
+    second = cell.remember(f, z[:, :1], x[:, :1], first)
     assert first is not None
     assert second is not None
     assert torch.equal(second.z, torch.cat([z[:, -2:], z[:, :1]], 1))
@@ -339,6 +347,10 @@ def test_sinusoids_are_exact_in_low_precision_too():
         ({"mem_len": -1}, "mem_len=-1"),
         ({"norm": "middle"}, "norm='middle'"),
         ({"dropout": 1.0}, "dropout=1.0"),
+        ({"attention_window": 0}, "attention_window=0: expected 1 or more"),
+        ({"ffn_chunks": 0}, "ffn_chunks=0: expected 1 or more"),
+        ({"recompute": "all"}, "recompute='all': expected 'none', 'feed_forward' or 'block'"),
+        ({"num_blocks": 0}, "num_blocks=0: expected 1 or more"),
         ({"init_std": 0.0}, "init_std=0.0"),
     ],
 )

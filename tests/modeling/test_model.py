@@ -291,7 +291,7 @@ def test_a_model_made_without_storage_is_drawn_when_it_has_some():
         torch.nn.init.constant_(parameter, float("nan"))
     model.init_weights()
     assert all(parameter.isfinite().all() for parameter in model.parameters())
-    assert model.model.equilibrium.cell.qkv.weight.std().item() == pytest.approx(0.3, rel=0.1)
+    assert model.model.layers.cell.qkv.weight.std().item() == pytest.approx(0.3, rel=0.1)
 
 
 def test_a_constructor_draws_the_cell_once(monkeypatch):

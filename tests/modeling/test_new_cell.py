@@ -50,9 +50,6 @@ class LastTokenCell(Cell):
     def evaluate(self, z: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         return torch.tanh(z @ tensors["weight"] + tensors["injection"])
 
-    def remember(self, z: Tensor, x: Tensor, memory: Memory | None) -> Memory | None:
-        return Memory.extend(memory, z, x, self.config.mem_len)
-
 
 @pytest.fixture(autouse=True)
 def _in_the_table(monkeypatch):
@@ -66,7 +63,7 @@ CELL = {"name": "last_token", "d_model": 16, "mem_len": 1, "init_std": 0.1, "gai
 def test_a_cell_of_ones_own_is_trained_saved_and_loaded_by_its_name(tmp_path):
     torch.manual_seed(0)
     model = DEQLMForCausalLM(DEQLMConfig(vocab_size=23, cell=CELL))
-    assert isinstance(model.model.equilibrium.cell, LastTokenCell)
+    assert isinstance(model.model.layers.cell, LastTokenCell)
     assert model.config.num_attention_heads == 1
     assert model.model.embed_tokens.weight.std().item() == pytest.approx(0.1, rel=0.2)
     ids = torch.randint(23, (4, 9))
@@ -82,7 +79,7 @@ def test_a_cell_of_ones_own_is_trained_saved_and_loaded_by_its_name(tmp_path):
     assert losses[2] < losses[0]
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert loaded.config.cell == CELL
+    assert loaded.config.cell == {**CELL, "num_blocks": 1}
     with torch.no_grad():
         memory = model(ids).memory
         assert torch.equal(loaded(ids, memory=memory).logits, model.eval()(ids, memory=memory).logits)

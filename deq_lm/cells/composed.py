@@ -1,0 +1,64 @@
+"""A cell of several blocks, f = f_k(... f_1(z) ...): one equilibrium through a few layers of moderate width."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from deq_lm.cells.base import BoundCell, Cell, CellConfig
+from deq_lm.cells.memory import Memory
+
+
+class ComposedCell(Cell):
+    """Cells applied in order, all given the same input x; each has weights, dropout masks and memory of its own.
+
+    A block remembers what it was given, at the equilibrium: the first z*, the second f_1(z*), and so on. Two segments with
+    memory are thus one long segment, as for a single block.
+    """
+
+    def __init__(self, config: CellConfig, blocks: Sequence[Cell]) -> None:
+        super().__init__(config)
+        self.blocks = nn.ModuleList(blocks)
+
+    def reset_parameters(self) -> None:
+        for block in self._cells():
+            block.reset_parameters()
+
+    def bind(self, x: Tensor, memory: Memory | None = None, key_mask: Tensor | None = None) -> BoundCell:
+        blocks = self._cells()
+        past = [None] * len(blocks) if memory is None else memory.parts(len(blocks))
+        bound = [block.bind(x, part, key_mask) for block, part in zip(blocks, past, strict=True)]
+        tensors = {f"{i}.{name}": tensor for i, f in enumerate(bound) for name, tensor in f.tensors.items()}
+        return BoundCell(_Chain(bound), tensors, bound[0].dtype, bound[0].autocast, key_mask)
+
+    def remember(self, f: BoundCell, z: Tensor, x: Tensor, memory: Memory | None) -> Memory | None:
+        if self.mem_len == 0:
+            return None
+        assert isinstance(f.evaluate, _Chain)
+        with torch.no_grad(), f.autocast.enter():
+            inputs = [z, *f.evaluate.images(z, f.tensors)[:-1]]
+        return Memory.extend(memory, torch.cat(inputs, dim=-1), x, self.mem_len)
+
+    def _cells(self) -> list[Cell]:
+        return [block for block in self.blocks if isinstance(block, Cell)]
+
+
+@dataclass(frozen=True)
+class _Chain:
+    """The blocks of one bound cell in order, all reading the tensors they are handed instead of their own."""
+
+    blocks: Sequence[BoundCell]
+
+    def __call__(self, z: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        return self.images(z, tensors)[-1]
+
+    def images(self, z: Tensor, tensors: Mapping[str, Tensor]) -> list[Tensor]:
+        """What each block gives to the next."""
+        images = []
+        for i, f in enumerate(self.blocks):
+            z = f.evaluate(z, {name: tensors[f"{i}.{name}"] for name in f.tensors})
+            images.append(z)
+        return images
