@@ -30,6 +30,7 @@ class TransformerXLConfig(CellConfig):
         norm: "post": h = LN(z + attention(z)), f = LN(h + ffn(h)).
             "pre": h = LN(z + attention(LN z)), f = h + ffn(h). The residual of the second half starts from the normalized
             value: with a plain residual stream, z + ..., the identity is part of f and its spectral radius is 1 or more.
+        norm_attention: layer normalization of the attention vector, all heads together, before it is merged.
         weight_norm: weight normalization of every linear map, computed once per solve.
         dropout: probability of the variational masks on the outputs of attention and feed-forward network, in [0, 1).
         injection: whether x enters queries, keys and values; False is a layer of an ordinary transformer, which has no
@@ -48,6 +49,7 @@ class TransformerXLConfig(CellConfig):
     num_heads: int = 4
     d_inner: int = 512
     norm: Literal["post", "pre"] = "post"
+    norm_attention: bool = False
     weight_norm: bool = False
     dropout: float = 0.0
     injection: bool = True
@@ -103,6 +105,8 @@ class TransformerXLCell(Cell):
         self.content_bias = nn.Parameter(torch.empty(width))  # u, all heads side by side
         self.distance_bias = nn.Parameter(torch.empty(width))  # v
         self.attention_norm = nn.LayerNorm(width)
+        if config.norm_attention:
+            self.vector_norm = nn.LayerNorm(width)
         self.output_norm = nn.LayerNorm(width)
         if config.weight_norm:
             for linear in self._linears():
@@ -125,8 +129,9 @@ class TransformerXLCell(Cell):
                 nn.init.zeros_(linear.bias)
         for bias in (self.content_bias, self.distance_bias):
             nn.init.normal_(bias, std=std)
-        for norm in (self.attention_norm, self.output_norm):
-            norm.reset_parameters()
+        for module in self.children():
+            if isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
 
     def bind(self, x: Tensor, memory: Memory | None = None, key_mask: Tensor | None = None) -> BoundCell:
         self._check(x, memory, key_mask)
@@ -154,6 +159,8 @@ class TransformerXLCell(Cell):
             "output_norm": self.output_norm.weight,
             "output_norm_bias": self.output_norm.bias,
         }
+        if self.config.norm_attention:
+            tensors |= {"vector_norm": self.vector_norm.weight, "vector_norm_bias": self.vector_norm.bias}
         if inject is not None:
             tensors["injection"] = F.linear(x, inject)  # (B, L, 3 D)
         if memory is not None:
@@ -228,7 +235,10 @@ class TransformerXLCell(Cell):
         bias = by_key(by_distance) + tensors["mask"]  # (H, B, L, K)
         content_query = query + tensors["content_bias"]
         out = F.scaled_dot_product_attention(content_query, key, value, attn_mask=bias, scale=self._scale)
-        return F.linear(out.permute(1, 2, 0, 3).flatten(2), tensors["merge"])
+        vector = out.permute(1, 2, 0, 3).flatten(2)
+        if self.config.norm_attention:
+            vector = self._normalize(vector, tensors, "vector_norm")
+        return F.linear(vector, tensors["merge"])
 
     @property
     def _scale(self) -> float:

@@ -50,6 +50,8 @@ def attention_by_loops(cell: TransformerXLCell, z: Tensor, x: Tensor) -> Tensor:
                     scores.append((content + (q + cell.distance_bias[part]) @ r) / math.sqrt(width))
                 weights = torch.stack(scores).softmax(0)
                 out[batch, i, part] = sum(w * value[batch, j, part] for j, w in enumerate(weights, first))
+    if cell.config.norm_attention:
+        out = cell.vector_norm(out)
     return out @ cell.merge.weight.T
 
 
@@ -67,7 +69,14 @@ def by_loops(cell: TransformerXLCell, z: Tensor, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("norm", ["post", "pre"])
 @pytest.mark.parametrize(
     "variant",
-    [{}, {"weight_norm": True}, {"injection": False}, {"attention_window": 1}, {"attention_window": 4}],
+    [
+        {},
+        {"weight_norm": True},
+        {"norm_attention": True},
+        {"injection": False},
+        {"attention_window": 1},
+        {"attention_window": 4},
+    ],
     ids=str,
 )
 def test_an_evaluation_with_memory_equals_four_nested_loops(norm, variant: dict):
