@@ -2,5 +2,15 @@
 
 from deq_lm.modeling.configuration_deq_lm import DEQLMConfig, build_config
 from deq_lm.modeling.modeling_deq_lm import DEQLMForCausalLM, DEQLMModel, DEQLMOutput
+from deq_lm.modeling.parameter_count import ParameterCount, count_parameters, matching_stack
 
-__all__ = ["DEQLMConfig", "DEQLMForCausalLM", "DEQLMModel", "DEQLMOutput", "build_config"]
+__all__ = [
+    "DEQLMConfig",
+    "DEQLMForCausalLM",
+    "DEQLMModel",
+    "DEQLMOutput",
+    "ParameterCount",
+    "build_config",
+    "count_parameters",
+    "matching_stack",
+]
