@@ -28,7 +28,7 @@ def places(mapping: Mapping[str, Any], prefix: str = "") -> set[str]:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_a_recipe_is_valid_and_leaves_no_setting_to_a_default(path):
     recipe = load_recipe(path)
-    config = build_config(recipe.model, vocab_size=100)  # with every default filled in
+    config = build_config(recipe.model, vocab_size=300_000)  # with every default filled in
     complete = {
         **to_mapping(recipe),
         "model": {field.name: getattr(config, field.name) for field in fields(ModelSettings)},

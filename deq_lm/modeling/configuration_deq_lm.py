@@ -15,9 +15,11 @@ from deq_lm.modeling.builders import (
     adjoint_mapping,
     build_adjoint,
     build_cell_config,
+    build_embedding,
     build_solver,
     build_stopping,
     cell_mapping,
+    embedding_mapping,
     solver_mapping,
 )
 from deq_lm.solvers import StoppingRule
@@ -30,6 +32,8 @@ class ModelSettings:
 
     Attributes:
         cell: {"name": "transformer_xl", ...}, the map f; see `deq_lm.modeling.builders.CELLS`.
+        embedding: {"name": "full"}, one table for all words, or {"name": "adaptive", "cutoffs": [...], ...}, narrower vectors
+            for rarer words; see `deq_lm.modeling.builders.EMBEDDINGS`. Input and output share it.
         depth: "equilibrium" solves z = f(z); "unrolled" evaluates f `num_layers` times, with the same parameters.
         num_layers: evaluations of the unrolled model; null for an equilibrium.
         solver: {"name": "broyden" | "anderson" | "picard" | "reversible", ...}, forward.
@@ -43,6 +47,7 @@ class ModelSettings:
     """
 
     cell: Mapping[str, Any]
+    embedding: Mapping[str, Any] = field(default_factory=lambda: {"name": "full"})
     depth: Literal["equilibrium", "unrolled"] = "equilibrium"
     num_layers: int | None = None
     solver: Mapping[str, Any] = field(default_factory=lambda: {"name": "broyden"})
@@ -74,6 +79,7 @@ class DEQLMConfig(PreTrainedConfig):
 
     vocab_size: int = 32000
     cell: dict | None = None
+    embedding: dict | None = None
     depth: str = "equilibrium"
     num_layers: int | None = None
     solver: dict | None = None
@@ -98,6 +104,12 @@ class DEQLMConfig(PreTrainedConfig):
         if self.num_layers is not None and self.num_layers < 1:
             raise ConfigError(f"model.num_layers={self.num_layers}: expected 1 or more evaluations of the cell.")
         self.cell = cell_mapping(build_cell_config(self.cell or {"name": "transformer_xl"}, "model.cell"))
+        embedding = build_embedding(self.embedding or {"name": "full"}, "model.embedding")
+        self.embedding = embedding_mapping(embedding)
+        try:
+            embedding.check(self.vocab_size, self.d_model, tied=self.tie_word_embeddings)
+        except ValueError as error:
+            raise ConfigError(f"model.embedding: {error}") from error
         solver = build_solver(self.solver or {"name": "broyden"}, "model.solver")
         self.solver = solver_mapping(solver)
         self.stopping = to_mapping(build_stopping(self.stopping or {}, "model.stopping"))
@@ -142,6 +154,11 @@ class DEQLMConfig(PreTrainedConfig):
     def num_attention_heads(self) -> int:
         """Of the cell; 1 where it has no such setting."""
         return self._cell.get("num_heads", 1)
+
+    @property
+    def init_std(self) -> float:
+        """Standard deviation of the initial weights."""
+        return self._cell["init_std"]
 
     @property
     def mem_len(self) -> int:
