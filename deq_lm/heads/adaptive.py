@@ -41,8 +41,8 @@ class AdaptiveEmbeddingConfig(EmbeddingConfig):
             )
         if self.tie_first_projection and not clusters.projected:
             warn(
-                f"no effect: model.embedding.tie_first_projection=true, with div_val=1 and d_embed={clusters.d_embed}, which "
-                "is d_model: there is no projection. Leave it false.",
+                "no effect: model.embedding.tie_first_projection=true with div_val=1 and a d_embed that is d_model, where "
+                "there is no projection. Leave it false.",
                 UnusedSettingWarning,
             )
 

@@ -32,8 +32,8 @@ class ModelSettings:
 
     Attributes:
         cell: {"name": "transformer_xl", ...}, the map f; see `deq_lm.modeling.builders.CELLS`.
-        embedding: {"name": "full"}, one table for all words, or {"name": "adaptive", "cutoffs": [...], ...}, narrower vectors
-            for rarer words; see `deq_lm.modeling.builders.EMBEDDINGS`. Input and output share it.
+        embedding: {"name": "full"}, one table, or {"name": "adaptive", "cutoffs": [...], ...}, narrower vectors for rarer
+            words; tied. See `deq_lm.modeling.builders.EMBEDDINGS`.
         depth: "equilibrium" solves z = f(z); "unrolled" evaluates f `num_layers` times, with the same parameters.
         num_layers: evaluations of the unrolled model; null for an equilibrium.
         solver: {"name": "broyden" | "anderson" | "picard" | "reversible", ...}, forward.
