@@ -1,5 +1,7 @@
 """The adaptive softmax against a dense one built from the published probabilities, in float64."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -45,7 +47,7 @@ def probabilities(embedding: AdaptiveEmbedding, softmax: AdaptiveSoftmax, hidden
     clusters = embedding.clusters
     starts = [0, *clusters.cutoffs, clusters.vocab_size]
     logits = []
-    for i, (start, stop) in enumerate(zip(starts, starts[1:], strict=False)):
+    for i, (start, stop) in enumerate(pairwise(starts)):
         if clusters.div_val == 1:
             table, projection = embedding.tables[0].weight[start:stop], embedding.projection
         else:

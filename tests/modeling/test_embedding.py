@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_run import make_recipe, metrics
+from tiny_run import make_recipe, metrics, recipe_mapping
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -18,7 +18,9 @@ from deq_lm import DEQLMConfig, DEQLMForCausalLM
 from deq_lm.errors import ConfigError, UnusedSettingWarning
 from deq_lm.heads import AdaptiveEmbedding, AdaptiveSoftmax, LinearHead
 from deq_lm.modeling import build_config
+from deq_lm.structure import build
 from deq_lm.training import train
+from deq_lm.training.recipe import Recipe
 
 VOCABULARY = 23
 CELL = {"name": "transformer_xl", "d_model": 16, "num_heads": 2, "d_inner": 24, "mem_len": 6, "init_std": 0.3}
@@ -235,6 +237,15 @@ def test_an_adaptive_model_cannot_be_untied():
 def test_tying_a_projection_that_is_not_there_warns():
     with pytest.warns(UnusedSettingWarning, match=r"model\.embedding\.tie_first_projection=true with div_val=1"):
         DEQLMConfig(vocab_size=VOCABULARY, cell=CELL, embedding={**KINDS["one table"], "tie_first_projection": True})
+
+
+def test_a_recipe_whose_cutoffs_the_tokenizer_will_not_reach_is_refused_with_the_recipe(tmp_path: Path):
+    mapping = recipe_mapping(tmp_path)
+    mapping["model"]["embedding"] = {"name": "adaptive", "cutoffs": [100, 20_000], "div_val": 2}
+    with pytest.raises(ConfigError, match=r"model\.embedding: cutoffs=\[100, 20000\] with a vocabulary of 300"):
+        build(Recipe, mapping)
+    mapping["data"] |= {"tokenizer": "word_level", "vocab_size": None}  # as many words as there will be
+    assert build(Recipe, mapping).model["embedding"]["cutoffs"] == [100, 20_000]
 
 
 def test_a_whole_run_with_it_can_be_resumed(tmp_path: Path, monkeypatch):
