@@ -87,9 +87,7 @@ class AdaptiveSoftmax(Head, SelfInitialized):
         (weight, bias, projection), *tail_layers = self._layers(embedding)
 
         entry = torch.where(cluster > 0, self.clusters.sizes[0] + cluster - 1, flat_targets)
-        total, count = token_nll(
-            _project(rows, projection), weight, entry, bias=bias, chunk_positions=chunk_positions
-        )
+        total, count = token_nll(_project(rows, projection), weight, entry, bias=bias, chunk_positions=chunk_positions)
         for positions, (weight, bias, projection), words in zip(
             tails, tail_layers, self.clusters.words[1:], strict=True
         ):

@@ -52,7 +52,9 @@ class Clusters:
                 f"{self.vocab_size - 1}, the first word of each tail cluster. Leave out those beyond the vocabulary."
             )
         if self.div_val < 1:
-            raise ValueError(f"div_val={self.div_val}: expected 1 (all clusters as wide as the first) or more, such as 4.")
+            raise ValueError(
+                f"div_val={self.div_val}: expected 1 (all clusters as wide as the first) or more, such as 4."
+            )
         if self.d_embed < 1:
             raise ValueError(f"d_embed={self.d_embed}: expected 1 or more, or null for d_model.")
         if self.widths[-1] == 0:

@@ -85,7 +85,9 @@ class DEQLMPreTrainedModel(PreTrainedModel):
                         parameter.copy_(value)
         super().initialize_weights()
 
-    def resize_token_embeddings(self, new_num_tokens: int | None = None, *arguments: Any, **options: Any) -> nn.Module:
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, *arguments: Any, **options: Any
+    ) -> nn.Embedding:
         """As the library's, of an embedding that is one table.
 
         Raises:

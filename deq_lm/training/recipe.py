@@ -197,7 +197,9 @@ class Recipe:
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed={self.seed}: expected a whole number from 0 to 2**32 - 1.")
-        config = build_config(self.model, vocab_size=self.data.vocab_size or ANY_VOCAB_SIZE)  # raises on a wrong section
+        config = build_config(
+            self.model, vocab_size=self.data.vocab_size or ANY_VOCAB_SIZE
+        )  # raises on a wrong section
         unconverged = self.training.unconverged_adjoint
         adjoint = None if config.depth == "unrolled" else build_adjoint(config.adjoint, "model.adjoint")
         if not isinstance(adjoint, Implicit):
