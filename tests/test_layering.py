@@ -16,7 +16,7 @@ for name in {blocked!r}:
 package = types.ModuleType("deq_lm")
 package.__path__ = ["deq_lm"]
 sys.modules["deq_lm"] = package
-import deq_lm.equilibrium, deq_lm.regularizers.jacobian, deq_lm.heads.linear, deq_lm.cells.transformer_xl
+import deq_lm.equilibrium, deq_lm.regularizers.jacobian, deq_lm.heads, deq_lm.cells.transformer_xl
 """
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -1,11 +1,13 @@
 """The recipes that come with the project: valid, complete, and listed."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from deq_lm.modeling import build_config
 from deq_lm.modeling.configuration_deq_lm import ModelSettings
@@ -28,7 +30,7 @@ def places(mapping: Mapping[str, Any], prefix: str = "") -> set[str]:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_a_recipe_is_valid_and_leaves_no_setting_to_a_default(path):
     recipe = load_recipe(path)
-    config = build_config(recipe.model, vocab_size=100)  # with every default filled in
+    config = build_config(recipe.model, vocab_size=300_000)  # with every default filled in
     complete = {
         **to_mapping(recipe),
         "model": {field.name: getattr(config, field.name) for field in fields(ModelSettings)},
@@ -46,3 +48,12 @@ def test_a_recipe_is_named_after_its_file_and_writes_to_a_folder_of_that_name(pa
 def test_every_recipe_is_listed():
     listing = (FOLDER / "README.md").read_text(encoding="utf-8")
     assert [path.name for path in RECIPES if f"`{path.name}`" not in listing] == []
+
+
+def test_the_sections_the_readme_shows_are_valid():
+    blocks = re.findall(r"```yaml\n(.*?)```", (FOLDER / "README.md").read_text("utf-8"), flags=re.DOTALL)
+    assert blocks
+    for block in blocks:
+        section = yaml.safe_load(block)
+        config = build_config({"cell": {"name": "transformer_xl", "d_model": 64}, **section}, vocab_size=267_735)
+        assert places({name: getattr(config, name) for name in section}) == places(section)  # complete, too

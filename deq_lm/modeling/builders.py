@@ -1,4 +1,4 @@
-"""Plain mappings to components: the tables a new solver, adjoint or cell is added to."""
+"""Plain mappings to components: the tables a new solver, adjoint, cell or embedding is added to."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from deq_lm.adjoints import Adjoint, Implicit, JacobianFree, Phantom, Reversed, 
 from deq_lm.cells.base import Cell, CellConfig
 from deq_lm.cells.composed import ComposedCell
 from deq_lm.cells.transformer_xl import TransformerXLCell, TransformerXLConfig
+from deq_lm.heads import AdaptiveEmbeddingConfig, EmbeddingConfig, FullEmbeddingConfig
 from deq_lm.solvers import Anderson, Broyden, FixedPointSolver, Picard, Reversible, StoppingRule
 from deq_lm.structure import build, choose, to_mapping
 
@@ -20,6 +21,7 @@ SOLVERS: dict[str, type[FixedPointSolver]] = {
     "reversible": Reversible,
 }
 CELLS: dict[str, tuple[type[CellConfig], type[Cell]]] = {"transformer_xl": (TransformerXLConfig, TransformerXLCell)}
+EMBEDDINGS: dict[str, type[EmbeddingConfig]] = {"full": FullEmbeddingConfig, "adaptive": AdaptiveEmbeddingConfig}
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,11 @@ def build_cell(config: CellConfig) -> Cell:
     return blocks[0] if len(blocks) == 1 else ComposedCell(config, blocks)
 
 
+def build_embedding(mapping: Any, where: str) -> EmbeddingConfig:
+    """How words are embedded and scored, from {"name": ..., its fields}."""
+    return choose(EMBEDDINGS, mapping, where)
+
+
 def solver_mapping(solver: FixedPointSolver) -> dict[str, Any]:
     """The inverse of `build_solver`, complete with defaults."""
     return _named(SOLVERS, solver)
@@ -88,6 +95,11 @@ def adjoint_mapping(adjoint: Adjoint) -> dict[str, Any]:
 def cell_mapping(config: CellConfig) -> dict[str, Any]:
     """The inverse of `build_cell_config`, complete with defaults."""
     return _named(_cell_configs(), config)
+
+
+def embedding_mapping(config: EmbeddingConfig) -> dict[str, Any]:
+    """The inverse of `build_embedding`, complete with defaults."""
+    return _named(EMBEDDINGS, config)
 
 
 def _cell_configs() -> dict[str, type[CellConfig]]:

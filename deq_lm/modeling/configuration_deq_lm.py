@@ -15,9 +15,11 @@ from deq_lm.modeling.builders import (
     adjoint_mapping,
     build_adjoint,
     build_cell_config,
+    build_embedding,
     build_solver,
     build_stopping,
     cell_mapping,
+    embedding_mapping,
     solver_mapping,
 )
 from deq_lm.solvers import StoppingRule
@@ -30,6 +32,8 @@ class ModelSettings:
 
     Attributes:
         cell: {"name": "transformer_xl", ...}, the map f; see `deq_lm.modeling.builders.CELLS`.
+        embedding: {"name": "full"}, one table, or {"name": "adaptive", "cutoffs": [...], ...}, narrower vectors for rarer
+            words; tied. See `deq_lm.modeling.builders.EMBEDDINGS`.
         depth: "equilibrium" solves z = f(z); "unrolled" evaluates f `num_layers` times, with the same parameters; "stack"
             has `num_layers` cells, each with parameters of its own and evaluated once, as an ordinary transformer.
         num_layers: of the unrolled model or the stack; null for an equilibrium.
@@ -44,6 +48,7 @@ class ModelSettings:
     """
 
     cell: Mapping[str, Any]
+    embedding: Mapping[str, Any] = field(default_factory=lambda: {"name": "full"})
     depth: Literal["equilibrium", "unrolled", "stack"] = "equilibrium"
     num_layers: int | None = None
     solver: Mapping[str, Any] = field(default_factory=lambda: {"name": "broyden"})
@@ -75,6 +80,7 @@ class DEQLMConfig(PreTrainedConfig):
 
     vocab_size: int = 32000
     cell: dict | None = None
+    embedding: dict | None = None
     depth: str = "equilibrium"
     num_layers: int | None = None
     solver: dict | None = None
@@ -105,6 +111,12 @@ class DEQLMConfig(PreTrainedConfig):
                 "nothing of the text. Inject, or take depth=stack, which starts from the embedded tokens."
             )
         self.cell = cell_mapping(cell)
+        embedding = build_embedding(self.embedding or {"name": "full"}, "model.embedding")
+        self.embedding = embedding_mapping(embedding)
+        try:
+            embedding.check(self.vocab_size, self.d_model, tied=self.tie_word_embeddings)
+        except ValueError as error:
+            raise ConfigError(f"model.embedding: {error}") from error
         solver = build_solver(self.solver or {"name": "broyden"}, "model.solver")
         self.solver = solver_mapping(solver)
         self.stopping = to_mapping(build_stopping(self.stopping or {}, "model.stopping"))
@@ -149,6 +161,11 @@ class DEQLMConfig(PreTrainedConfig):
     def num_attention_heads(self) -> int:
         """Of the cell; 1 where it has no such setting."""
         return self._cell.get("num_heads", 1)
+
+    @property
+    def init_std(self) -> float:
+        """Standard deviation of the initial weights."""
+        return self._cell["init_std"]
 
     @property
     def mem_len(self) -> int:

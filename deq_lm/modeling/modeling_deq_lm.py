@@ -14,11 +14,13 @@ from transformers.utils.generic import ModelOutput
 from deq_lm.cells.base import Cell
 from deq_lm.cells.memory import Memory
 from deq_lm.equilibrium import Equilibrium, SegmentOutput
-from deq_lm.heads.linear import token_nll
+from deq_lm.heads import LinearHead
+from deq_lm.heads.base import SelfInitialized
 from deq_lm.modeling.builders import (
     build_adjoint,
     build_cell,
     build_cell_config,
+    build_embedding,
     build_solver,
     build_stopping,
 )
@@ -63,7 +65,9 @@ class DEQLMPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Embedding):
-            init.normal_(module.weight, std=build_cell_config(self.config.cell, "model.cell").init_std)
+            init.normal_(module.weight, std=self.config.init_std)
+        elif isinstance(module, SelfInitialized):
+            module.reset_parameters()  # guarded by the library: what a checkpoint has brought stays
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
@@ -85,13 +89,31 @@ class DEQLMPreTrainedModel(PreTrainedModel):
                         parameter.copy_(value)
         super().initialize_weights()
 
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, *arguments: Any, **options: Any
+    ) -> nn.Embedding:
+        """As the library's, of an embedding that is one table.
+
+        Raises:
+            ValueError: for any other.
+        """
+        embedding = self.get_input_embeddings()
+        if not isinstance(embedding, nn.Embedding):
+            raise ValueError(
+                f"resize_token_embeddings({new_num_tokens}) with model.embedding={self.config.embedding}: expected 'full', "
+                "one table; others cut the vocabulary by frequency, which leaves no place for a new word. Make a new "
+                "model of that vocab_size."
+            )
+        return super().resize_token_embeddings(new_num_tokens, *arguments, **options)
+
 
 class DEQLMModel(DEQLMPreTrainedModel):
     """Token ids to equilibrium states."""
 
     def __init__(self, config: DEQLMConfig) -> None:
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
+        embedding = build_embedding(config.embedding, "model.embedding")
+        self.embed_tokens = embedding.make_embedding(config.vocab_size, config.d_model, init_std=config.init_std)
         cell_config = build_cell_config(config.cell, "model.cell")
         self.layers: Equilibrium | Stack
         if config.num_layers is not None and config.depth == "stack":
@@ -109,14 +131,15 @@ class DEQLMModel(DEQLMPreTrainedModel):
                 adjoint=build_adjoint(config.adjoint, "model.adjoint"),
             )
         # The library's mark: the cell has drawn its parameters, unless they have no storage yet.
-        self.layers._is_hf_initialized = not self.embed_tokens.weight.is_meta  # pyright: ignore[reportArgumentType]
+        drawn = not any(parameter.is_meta for parameter in self.layers.parameters())
+        self.layers._is_hf_initialized = drawn  # pyright: ignore[reportArgumentType]
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Embedding:
+    def get_input_embeddings(self) -> nn.Module:
         return self.embed_tokens
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        assert isinstance(value, nn.Embedding)
+        assert isinstance(value, type(self.embed_tokens))
         self.embed_tokens = value
 
     def forward(
@@ -151,15 +174,24 @@ class DEQLMModel(DEQLMPreTrainedModel):
 class DEQLMForCausalLM(DEQLMPreTrainedModel, GenerationMixin):
     """A deep equilibrium language model; by `depth` also the weight-tied or the untied network of the same cells."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
     # The loss is a mean over its own targets; a Trainer that accumulates gradients averages it over the batches.
     accepts_loss_kwargs = False
 
     def __init__(self, config: DEQLMConfig) -> None:
         super().__init__(config)
         self.model = DEQLMModel(config)
-        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        embedding = build_embedding(config.embedding, "model.embedding")
+        self.lm_head = embedding.make_head(config.vocab_size, config.d_model, init_std=config.init_std)
+        self._tied_weights_keys = {
+            f"lm_head.{own}": f"model.embed_tokens.{shared}" for own, shared in self.lm_head.ties.items()
+        }
         self.post_init()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Takes the weight of an `nn.Linear`, which is what the library makes when it resizes; the head stays."""
+        assert isinstance(self.lm_head, LinearHead)
+        assert isinstance(new_embeddings, nn.Linear)
+        self.lm_head.weight, self.lm_head.out_features = new_embeddings.weight, new_embeddings.out_features
 
     @property
     def adjoint_solution(self) -> Solution | None:
@@ -237,10 +269,11 @@ class DEQLMForCausalLM(DEQLMPreTrainedModel, GenerationMixin):
             jacobian=hidden.jacobian,
         )
         if targets is not None:
-            output.nll_nats, output.num_targets = token_nll(hidden.output, self.lm_head.weight, targets)
+            output.nll_nats, output.num_targets = self.lm_head.nll(hidden.output, targets, self.model.embed_tokens)
             output.loss = output.nll_nats / output.num_targets.clamp(min=1)
         if return_logits:
-            output.logits = self.lm_head(hidden.output[:, -logits_to_keep:]).float()
+            kept = hidden.output[:, -logits_to_keep:]
+            output.logits = self.lm_head.logits(kept, self.model.embed_tokens).float()
         return output
 
 

@@ -26,8 +26,8 @@ from deq_lm.training.optimizer import OptimizerConfig
 from deq_lm.training.schedules import ScheduleConfig
 from deq_lm.training.strict_yaml import parse_yaml, read_yaml
 
-ANY_VOCAB_SIZE = 1000
-"""Stands in for the tokenizer's vocabulary while a model section is only checked."""
+ANY_VOCAB_SIZE = 2**31 - 1
+"""Stands in for a vocabulary that the data will decide while a model section is only checked: any cutoff fits."""
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,9 @@ class Recipe:
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed={self.seed}: expected a whole number from 0 to 2**32 - 1.")
-        config = build_config(self.model, vocab_size=ANY_VOCAB_SIZE)  # raises on a wrong section
+        config = build_config(
+            self.model, vocab_size=self.data.vocab_size or ANY_VOCAB_SIZE
+        )  # raises on a wrong section
         unconverged = self.training.unconverged_adjoint
         adjoint = None if config.depth != "equilibrium" else build_adjoint(config.adjoint, "model.adjoint")
         if not isinstance(adjoint, Implicit):
