@@ -1,5 +1,6 @@
 """The adaptive softmax against a dense one built from the published probabilities, in float64."""
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
@@ -143,18 +144,35 @@ def test_a_target_outside_the_vocabulary_is_an_error(target: int):
         softmax.nll(hidden, targets, embedding)
 
 
+def kept_bytes(run: Callable[[], object]) -> int:
+    """Of the distinct storages that autograd keeps for the backward pass of what `run` computes."""
+    tensors: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (tensors.append(t), t)[1], lambda t: t):
+        run()
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
 def test_the_logits_of_all_positions_are_never_kept():
     embedding, softmax = make(vocab_size=3000, cutoffs=(500, 1000, 2000), d_embed=16, d_model=16)
     hidden, _ = make_batch(embedding, (4, 64))
     targets = torch.arange(256).mul(2).add(488).view(4, 64)  # a few of the shortlist, most of the first tail
-    sizes: list[int] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: (sizes.append(t.numel()), t)[1], lambda t: t):
-        softmax.nll(hidden, targets, embedding, chunk_positions=16)
-    assert max(sizes) <= max(503 * 16, 256 * 16)  # the head's matrix, the hidden states, and no logits
-    kept: list[int] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.numel()), t)[1], lambda t: t):
-        softmax.nll(hidden, targets, embedding, chunk_positions=256)
-    assert max(kept) >= 503 * 256  # in one chunk they are: the bound above is the chunks'
+    kept = {
+        chunk: kept_bytes(lambda c=chunk: softmax.nll(hidden, targets, embedding, chunk_positions=c))
+        for chunk in (16, 256)
+    }
+    head, tail = 503 * 256 * 8, 500 * 250 * 8
+    assert kept[256] > head + tail
+    assert kept[16] < (head + tail) / 4  # tables, hidden states, and what is left of them in narrower spaces
+
+
+def test_a_tied_first_projection_is_the_embeddings_and_another_is_the_heads_own():
+    for tied in (True, False):
+        embedding, softmax = make(tie_first_projection=tied)
+        assert ("projection" in dict(softmax.named_parameters())) is not tied
+        hidden, _ = make_batch(embedding)
+        total, _ = softmax.nll(hidden, torch.zeros(3, 10, dtype=torch.long), embedding)
+        (gradient,) = torch.autograd.grad(total, embedding.projection)
+        assert bool(gradient[:, :8].any()) is tied
 
 
 def test_a_tail_is_computed_only_where_the_target_lies_in_it(monkeypatch):

@@ -67,6 +67,8 @@ def test_the_default_is_one_table_tied_to_a_linear_head():
 def test_loss_and_logits_belong_together(ids: Tensor, kind: str):
     model = make(KINDS[kind])
     assert isinstance(model.lm_head, AdaptiveSoftmax)
+    assert (model.lm_head.projection is None) is (kind in ("tied", "one table"))
+    assert model.model.embed_tokens.clusters.d_embed == (8 if kind == "narrow" else 16)
     with torch.no_grad():
         output = model(ids[:, :-1], targets=ids[:, 1:])
         last = model(ids[:, :-1], logits_to_keep=2).logits
