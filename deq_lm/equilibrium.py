@@ -82,6 +82,7 @@ class Equilibrium(nn.Module):
         *,
         key_mask: Tensor | None = None,
         stopping: StoppingRule | None = None,
+        adjoint: Adjoint | None = None,
         num_unrolled_steps: int | None = None,
         estimate_jacobian: bool = False,
     ) -> SegmentOutput:
@@ -92,11 +93,13 @@ class Equilibrium(nn.Module):
             memory: of the segment before.
             key_mask: (B, L) bool, False at padding.
             stopping: overrides the rule of the current mode.
+            adjoint: overrides `self.adjoint`.
             num_unrolled_steps: run this many plain evaluations and backpropagate through them instead (shallow
                 pretraining).
             estimate_jacobian: also estimate the Jacobian's norm at z*, to be added to the loss.
         """
-        solver, adjoint = self.solver, self.adjoint
+        solver = self.solver
+        adjoint = self.adjoint if adjoint is None else adjoint
         if num_unrolled_steps is not None:
             solver, adjoint, stopping = Picard(), Unrolled(), _layers(num_unrolled_steps)
         elif stopping is None:

@@ -11,7 +11,8 @@ import yaml
 
 from deq_lm.modeling import build_config
 from deq_lm.modeling.configuration_deq_lm import ModelSettings
-from deq_lm.structure import to_mapping
+from deq_lm.structure import build, to_mapping
+from deq_lm.training.phases import PhaseConfig
 from deq_lm.training.recipe import load_recipe
 from deq_lm.training.strict_yaml import read_yaml
 
@@ -55,5 +56,7 @@ def test_the_sections_the_readme_shows_are_valid():
     assert blocks
     for block in blocks:
         section = yaml.safe_load(block)
+        for phase in section.pop("phases", []):
+            build(PhaseConfig, phase, "phases")
         config = build_config({"cell": {"name": "transformer_xl", "d_model": 64}, **section}, vocab_size=267_735)
         assert places({name: getattr(config, name) for name in section}) == places(section)  # complete, too

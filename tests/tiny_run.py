@@ -52,8 +52,9 @@ def recipe_mapping(folder: Path) -> dict[str, Any]:
             "optimizer": {"name": "adamw", "lr": 0.01, "betas": [0.9, 0.95], "weight_decay": 0.1, "eps": 1.0e-8},
             "schedule": {"name": "cosine", "warmup_steps": 2, "decay_steps": 8, "final_lr_ratio": 0.1},
             "clip_norm": 1.0,
-            "pretraining": {"fraction": 0.25, "num_layers": 2},
-            "jacobian": {"weight": 0.1, "probability": 0.5},
+            "phases": [{"until": 0.25, "num_unrolled_steps": 2}],
+            "max_steps_jitter": 0,
+            "jacobian": {"weight": 0.1, "probability": 0.5, "growth": None},
             "unconverged_adjoint": {"policy": "warn", "residual": 0.1},
             "mixed_precision": None,
             "log_every": 1,
@@ -148,5 +149,5 @@ def one_step(recipe, state, accelerator):
     return train_step(accelerator, state.model, state, recipe, stop_requested=False)
 
 
-PLAIN = ("training.clip_norm=null", "training.pretraining=null", "model.cell.dropout=0.0")
+PLAIN = ("training.clip_norm=null", "training.phases=[]", "model.cell.dropout=0.0")
 """Overrides for a step with nothing but its gradient."""

@@ -11,6 +11,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils.generic import ModelOutput
 
+from deq_lm.adjoints import Adjoint
 from deq_lm.cells.base import Cell
 from deq_lm.cells.memory import Memory
 from deq_lm.equilibrium import Equilibrium, SegmentOutput
@@ -149,13 +150,16 @@ class DEQLMModel(DEQLMPreTrainedModel):
         *,
         memory: Memory | None = None,
         stopping: StoppingRule | None = None,
+        adjoint: Adjoint | None = None,
         num_unrolled_steps: int | None = None,
         estimate_jacobian: bool = False,
     ) -> SegmentOutput:
         """Arguments and errors as `DEQLMForCausalLM.forward`."""
         _check_shapes(input_ids, attention_mask, memory)
-        if stopping is not None and num_unrolled_steps is not None:
-            raise ValueError("Give stopping (of the solve) or num_unrolled_steps (instead of a solve), not both.")
+        if num_unrolled_steps is not None and (stopping is not None or adjoint is not None):
+            raise ValueError(
+                "Give stopping or adjoint (of the solve) or num_unrolled_steps (instead of a solve), not both."
+            )
         x = self.embed_tokens(input_ids) * self.config.d_model**0.5  # (B, L, D)
         key_mask = None if attention_mask is None else attention_mask.bool()
         output = self.layers(
@@ -163,6 +167,7 @@ class DEQLMModel(DEQLMPreTrainedModel):
             memory,
             key_mask=key_mask,
             stopping=stopping,
+            adjoint=adjoint,
             num_unrolled_steps=num_unrolled_steps,
             estimate_jacobian=estimate_jacobian,
         )
@@ -207,6 +212,7 @@ class DEQLMForCausalLM(DEQLMPreTrainedModel, GenerationMixin):
         targets: Tensor | None = None,
         memory: Memory | None = None,
         stopping: StoppingRule | None = None,
+        adjoint: Adjoint | None = None,
         num_unrolled_steps: int | None = None,
         estimate_jacobian: bool = False,
         return_logits: bool = True,
@@ -223,6 +229,7 @@ class DEQLMForCausalLM(DEQLMPreTrainedModel, GenerationMixin):
             targets: (B, L), the token after each position; -100 is not scored. Use either this or `labels`.
             memory: `DEQLMOutput.memory` of the segment before in the same streams.
             stopping: overrides the configured stopping rule.
+            adjoint: overrides the configured adjoint.
             num_unrolled_steps: plain evaluations to run and backpropagate through instead of the solve.
             estimate_jacobian: also give `DEQLMOutput.jacobian`, for a regularized loss.
             return_logits: False saves their memory; the loss is computed in chunks either way.
@@ -242,7 +249,7 @@ class DEQLMForCausalLM(DEQLMPreTrainedModel, GenerationMixin):
         if refused:
             raise ValueError(
                 f"DEQLMForCausalLM got {', '.join(refused)}, which it does not support; it takes input_ids, "
-                "attention_mask, labels or targets, memory, stopping, num_unrolled_steps, return_logits."
+                "attention_mask, labels or targets, memory, stopping, adjoint, num_unrolled_steps, return_logits."
             )
         for name, given in (("labels", labels), ("targets", targets)):
             if given is not None and given.shape != input_ids.shape:
@@ -259,6 +266,7 @@ class DEQLMForCausalLM(DEQLMPreTrainedModel, GenerationMixin):
             attention_mask,
             memory=memory,
             stopping=stopping,
+            adjoint=adjoint,
             num_unrolled_steps=num_unrolled_steps,
             estimate_jacobian=estimate_jacobian,
         )

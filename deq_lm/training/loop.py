@@ -30,6 +30,7 @@ from deq_lm.data.streams import ContiguousStreams
 from deq_lm.errors import ConfigError, SolveError
 from deq_lm.evaluation import PerplexityResult, evaluate, evaluate_perplexity, render, write_result
 from deq_lm.modeling import DEQLMForCausalLM, build_config
+from deq_lm.modeling.builders import build_stopping
 from deq_lm.modeling.configuration_deq_lm import ModelSettings
 from deq_lm.solvers import Solution
 from deq_lm.structure import to_mapping
@@ -37,6 +38,7 @@ from deq_lm.training import checkpoint
 from deq_lm.training.checkpoint import Identity, Progress, TrainingState
 from deq_lm.training.durable import begin_folder, publish_folder
 from deq_lm.training.optimizer import make_optimizer
+from deq_lm.training.phases import plan_step
 from deq_lm.training.process import StopSignal, warn_of_missing_processes
 from deq_lm.training.recipe import Recipe, TrainingConfig
 from deq_lm.training.run_folder import RunFolder
@@ -186,7 +188,14 @@ def train_step(
     """
     settings, progress, interval = recipe.training, state.progress, state.interval
     start = time.perf_counter()
-    pretraining = settings.pretraining if progress.step < settings.num_pretraining_steps else None
+    plan = plan_step(
+        progress.step,
+        phases=settings.phases,
+        num_steps=settings.num_schedule_steps,
+        stopping=build_stopping(state.model.config.stopping, "model.stopping"),
+        jitter=settings.max_steps_jitter,
+        jacobian=settings.jacobian,
+    )
     segments = [state.streams.next_segment() for _ in range(settings.gradient_accumulation)]
     # Streams are equally long and without padding, so every process has as many targets as this one.
     num_targets = accelerator.num_processes * sum(segment.targets.numel() for segment in segments)
@@ -195,24 +204,24 @@ def train_step(
     measured: dict[str, list[Tensor]] = {}
     for i, segment in enumerate(segments):
         # between segments nothing is exchanged; the last backward pass averages the gradient over the processes
-        jacobian = None if pretraining is not None else settings.jacobian
-        regularize = jacobian is not None and random.random() < jacobian.probability  # noqa: S311
+        probability = settings.jacobian.probability if settings.jacobian is not None and plan.jacobian_weight else 0.0
+        regularize = probability > 0 and random.random() < probability  # noqa: S311
         with nullcontext() if i == len(segments) - 1 else accelerator.no_sync(model):
             output = model(
                 segment.input_ids.to(accelerator.device),
                 targets=segment.targets.to(accelerator.device),
                 memory=None if segment.is_start else state.memory,
-                num_unrolled_steps=pretraining and pretraining.num_layers,
                 estimate_jacobian=regularize,
                 return_logits=False,
+                **plan.arguments(),
             )
             loss = output.nll_nats * (accelerator.num_processes / num_targets)
-            if regularize and jacobian is not None:
-                loss = loss + output.jacobian * (jacobian.weight / len(segments))
+            if regularize:
+                loss = loss + output.jacobian * (plan.jacobian_weight / len(segments))
             accelerator.backward(loss)
         state.memory = output.memory
         nll_nats = nll_nats + output.nll_nats.detach()
-        if pretraining is None:
+        if plan.num_unrolled_steps is None:
             solves = {"solver": output.solution, "adjoint": state.model.adjoint_solution}
             for name, solution in solves.items():
                 if solution is not None:

@@ -15,57 +15,20 @@ from warnings import warn
 
 import yaml
 
-from deq_lm.adjoints import Implicit
+from deq_lm.adjoints import Adjoint, Implicit
 from deq_lm.data.encoding import DataConfig
 from deq_lm.errors import ConfigError, UnusedSettingWarning
 from deq_lm.evaluation import EvaluationConfig
-from deq_lm.modeling import build_config
-from deq_lm.modeling.builders import build_adjoint
+from deq_lm.modeling import DEQLMConfig, build_config
+from deq_lm.modeling.builders import build_adjoint, build_solver, build_stopping
 from deq_lm.structure import build, to_mapping
 from deq_lm.training.optimizer import OptimizerConfig
+from deq_lm.training.phases import JacobianConfig, PhaseConfig
 from deq_lm.training.schedules import ScheduleConfig
 from deq_lm.training.strict_yaml import parse_yaml, read_yaml
 
 ANY_VOCAB_SIZE = 2**31 - 1
 """Stands in for a vocabulary that the data will decide while a model section is only checked: any cutoff fits."""
-
-
-@dataclass(frozen=True)
-class PretrainingConfig:
-    """Shallow pretraining: the first steps go through a few plain evaluations of the cell instead of a solve.
-
-    Attributes:
-        fraction: share of the schedule's steps, in [0, 1].
-        num_layers: evaluations of the cell per step of that stretch, all differentiated; >= 1.
-    """
-
-    fraction: float
-    num_layers: int
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.fraction <= 1:
-            raise ValueError(f"fraction={self.fraction}: expected a share of the steps in [0, 1].")
-        if self.num_layers < 1:
-            raise ValueError(f"num_layers={self.num_layers}: expected at least 1.")
-
-
-@dataclass(frozen=True)
-class JacobianConfig:
-    """Jacobian regularization: keeps the cell solvable by adding its Jacobian's size at the equilibrium to the loss.
-
-    Attributes:
-        weight: of ||df/dz||_F^2 per entry of the state, against the nats per token; > 0.
-        probability: of adding it to a segment of a step that solves (it costs a second backward pass), in (0, 1].
-    """
-
-    weight: float
-    probability: float
-
-    def __post_init__(self) -> None:
-        if not self.weight > 0:
-            raise ValueError(f"weight={self.weight}: expected more than 0, or null for the section: no regularization.")
-        if not 0 < self.probability <= 1:
-            raise ValueError(f"probability={self.probability}: expected a share of the segments in (0, 1].")
 
 
 @dataclass(frozen=True)
@@ -110,7 +73,9 @@ class TrainingConfig:
         optimizer: see `OptimizerConfig`.
         schedule: see `ScheduleConfig`.
         clip_norm: largest global gradient norm, or None for no clipping.
-        pretraining: shallow pretraining, or None.
+        phases: what goes otherwise than the `model` section says, from the start on; see `PhaseConfig`.
+        max_steps_jitter: solver steps by which the budget of a step's solves is cut at most, uniformly drawn for every step
+            and process; 0 is none.
         jacobian: Jacobian regularization, or None.
         unconverged_adjoint: see `UnconvergedAdjointConfig`.
         mixed_precision: "bf16" runs the cell under autocast; None leaves it to `accelerate launch`.
@@ -129,7 +94,8 @@ class TrainingConfig:
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
     clip_norm: float | None
-    pretraining: PretrainingConfig | None
+    phases: tuple[PhaseConfig, ...]
+    max_steps_jitter: int
     jacobian: JacobianConfig | None
     unconverged_adjoint: UnconvergedAdjointConfig
     mixed_precision: Literal["bf16"] | None
@@ -155,11 +121,16 @@ class TrainingConfig:
         if not self.output_dir.strip():
             raise ValueError("output_dir is empty: give the folder the run is written to.")
 
+        if self.max_steps_jitter < 0:
+            raise ValueError(f"max_steps_jitter={self.max_steps_jitter}: expected 0 (none) or more.")
+        ends = [phase.until for phase in self.phases]
+        if ends != sorted(set(ends)):
+            raise ValueError(f"phases end at {ends}: expected rising shares of the steps, one phase after the other.")
+
     @property
-    def num_pretraining_steps(self) -> int:
-        if self.pretraining is None:
-            return 0
-        return round(self.pretraining.fraction * (self.schedule.decay_steps or self.max_steps))
+    def num_schedule_steps(self) -> int:
+        """Steps of the whole schedule, which the run may be stopped before the end of."""
+        return self.schedule.decay_steps or self.max_steps
 
 
 _COUNTS = (
@@ -200,20 +171,65 @@ class Recipe:
         config = build_config(
             self.model, vocab_size=self.data.vocab_size or ANY_VOCAB_SIZE
         )  # raises on a wrong section
+        adjoints = check_phases(self.training, config)
         unconverged = self.training.unconverged_adjoint
-        adjoint = None if config.depth != "equilibrium" else build_adjoint(config.adjoint, "model.adjoint")
-        if not isinstance(adjoint, Implicit):
-            if unconverged.policy != "ignore":
-                warn(
-                    f"no effect in a model without an adjoint solve: training.unconverged_adjoint.policy="
-                    f"{unconverged.policy}. Give ignore, or model.adjoint.name=implicit.",
-                    UnusedSettingWarning,
-                )
-        elif unconverged.residual < adjoint.stopping.rtol:
-            raise ValueError(
-                f"training.unconverged_adjoint.residual={unconverged.residual}: expected at least "
-                f"model.adjoint.stopping.rtol={adjoint.stopping.rtol}, at which a solve has converged."
+        tolerances = [adjoint.stopping.rtol for adjoint in adjoints if isinstance(adjoint, Implicit)]
+        if not tolerances and unconverged.policy != "ignore":
+            warn(
+                f"no effect in a run without an adjoint solve: training.unconverged_adjoint.policy={unconverged.policy}. "
+                "Give ignore, or model.adjoint.name=implicit.",
+                UnusedSettingWarning,
             )
+        if tolerances and unconverged.residual < max(tolerances):
+            raise ValueError(
+                f"training.unconverged_adjoint.residual={unconverged.residual}: expected at least the rtol of the "
+                f"adjoint's stopping rule, {max(tolerances)}, at which a solve has converged."
+            )
+
+
+def check_phases(training: TrainingConfig, config: DEQLMConfig) -> list[Adjoint]:
+    """All adjoints a run solves with, the model's own first; none of a model that solves nothing.
+
+    Raises:
+        ConfigError: training changes what the model does not have, or so that it cannot be.
+    """
+    if config.depth != "equilibrium":
+        solved = [
+            name
+            for name, given in (
+                ("max_steps_jitter", training.max_steps_jitter > 0),
+                ("jacobian", config.depth == "stack" and training.jacobian is not None),
+                ("phases", any(phase.num_unrolled_steps is None for phase in training.phases)),
+                ("phases", config.depth == "stack" and training.phases),
+            )
+            if given
+        ]
+        if solved:
+            raise ConfigError(
+                f"training.{solved[0]}: is for an equilibrium, and model.depth is {config.depth}. Leave it empty, or take "
+                "depth=equilibrium."
+            )
+        return []
+    solver = build_solver(config.solver, "model.solver")
+    adjoints = [build_adjoint(config.adjoint, "model.adjoint")]
+    stopping = build_stopping(config.stopping, "model.stopping")
+    budgets = [stopping.max_steps]
+    for i, phase in enumerate(training.phases):
+        where = f"training.phases[{i}]"
+        if phase.adjoint is not None:
+            adjoints.append(build_adjoint(phase.adjoint, f"{where}.adjoint"))
+            try:
+                adjoints[-1].check(solver)
+            except ValueError as error:
+                raise ConfigError(f"{where}.adjoint: {error}") from error
+        if phase.max_steps is not None:
+            budgets.append(phase.max_steps)
+    if min(budgets) < training.max_steps_jitter:
+        raise ConfigError(
+            f"training.max_steps_jitter={training.max_steps_jitter}: expected at most {min(budgets)}, the smallest "
+            "budget it is taken from."
+        )
+    return adjoints
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -60,7 +60,7 @@ def test_the_jacobian_term_adds_its_weighted_gradient_averaged_over_the_segments
 
 
 def test_a_step_waits_for_the_device_once_besides_its_solves(tmp_path, monkeypatch):
-    recipe = make_recipe(tmp_path, "training.pretraining=null", "training.jacobian.probability=1.0")
+    recipe = make_recipe(tmp_path, "training.phases=[]", "training.jacobian.probability=1.0")
     accelerator = Accelerator()
     state, *_ = make_state(recipe, accelerator)
     leave_weights_alone(state)
@@ -256,7 +256,7 @@ def test_mixed_precision_of_the_launcher_is_looked_at(tmp_path, monkeypatch):
 
 def test_bfloat16_autocast_trains_float32_weights(tmp_path):
     AcceleratorState._reset_state(reset_partial_state=True)
-    recipe = make_recipe(tmp_path, "training.mixed_precision=bf16", "training.max_steps=4", "training.pretraining=null")
+    recipe = make_recipe(tmp_path, "training.mixed_precision=bf16", "training.max_steps=4", "training.phases=[]")
     try:
         train(recipe)
     finally:

@@ -15,7 +15,7 @@ from deq_lm.training.loop import train, train_step
 # What forks here starts no threads before it computes on its own.
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 
-SETTINGS = ("training.clip_norm=null", "training.pretraining=null", "training.jacobian=null", "model.cell.dropout=0.0")
+SETTINGS = ("training.clip_norm=null", "training.phases=[]", "training.jacobian=null", "model.cell.dropout=0.0")
 
 
 def gradients(folder: Path) -> None:

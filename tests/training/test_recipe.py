@@ -38,7 +38,7 @@ def test_overrides_replace_single_values_lists_and_sections(path):
         [
             "training.max_steps=6",
             "training.optimizer.betas=[0.8, 0.9]",
-            "training.pretraining=null",
+            "training.phases=[]",
             "training.output_dir=some/run",
             "model.cell.d_model=64",
             "seed=7",
@@ -46,17 +46,17 @@ def test_overrides_replace_single_values_lists_and_sections(path):
     )
     assert recipe.training.max_steps == 6
     assert recipe.training.optimizer.betas == (0.8, 0.9)
-    assert recipe.training.pretraining is None
+    assert recipe.training.phases == ()
     assert recipe.training.output_dir == "some/run"
     assert recipe.model["cell"]["d_model"] == 64
     assert recipe.seed == 7
 
 
 def test_an_override_reaches_into_a_section_that_was_null(mapping):
-    changed = {**mapping, "training": {**mapping["training"], "pretraining": None}}
-    apply_override(changed, "training.pretraining.fraction=0.5")
-    apply_override(changed, "training.pretraining.num_layers=2")
-    assert build(Recipe, changed).training.num_pretraining_steps == 4
+    changed = {**mapping, "training": {**mapping["training"], "jacobian": None}}
+    for setting in ("weight=0.5", "probability=1.0", "growth.every_steps=2", "growth.increase=0.25"):
+        apply_override(changed, f"training.jacobian.{setting}")
+    assert build(Recipe, changed).training.jacobian.weight_at(5) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -78,8 +78,6 @@ def test_an_override_reaches_into_a_section_that_was_null(mapping):
         ("training.max_steps=9", "schedule.decay_steps=8: expected at least max_steps=9"),
         ("training.clip_norm=0", "clip_norm=0.0"),
         ("training.output_dir=' '", "output_dir is empty"),
-        ("training.pretraining.fraction=1.5", "recipe.training.pretraining: fraction=1.5"),
-        ("training.pretraining.num_layers=0", "recipe.training.pretraining: num_layers=0"),
         ("training.jacobian.weight=0.0", "recipe.training.jacobian: weight=0.0"),
         ("training.jacobian.probability=2.0", "recipe.training.jacobian: probability=2.0"),
         ("training.unconverged_adjoint.policy=stop", "'stop' is not allowed"),
@@ -87,7 +85,7 @@ def test_an_override_reaches_into_a_section_that_was_null(mapping):
         ("training.unconverged_adjoint=null", "recipe.training.unconverged_adjoint: expected a section"),
         (
             "model.adjoint={name: implicit, stopping: {rtol: 0.2}}",
-            "expected at least model.adjoint.stopping.rtol=0.2",
+            "expected at least the rtol of the adjoint's stopping rule, 0.2",
         ),
         ("training.mixed_precision=fp16", "Valid here: bf16"),
         ("training.evaluate_every=0", "evaluate_every=0"),
@@ -106,7 +104,7 @@ def test_a_policy_about_adjoint_solves_says_that_a_model_without_any_has_no_use_
             load_recipe(path, [override])
         load_recipe(path, [override, "training.unconverged_adjoint.policy=ignore"])
     unrolled = ["model.depth=unrolled", "model.num_layers=2", "model.stopping={}"]
-    with pytest.warns(UnusedSettingWarning, match="no effect in a model without an adjoint solve"):
+    with pytest.warns(UnusedSettingWarning, match="no effect in a run without an adjoint solve"):
         load_recipe(path, unrolled)
     load_recipe(path, [*unrolled, "training.unconverged_adjoint.policy=ignore"])
 

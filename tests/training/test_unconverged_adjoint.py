@@ -17,7 +17,7 @@ from deq_lm.training.tracking import summarize
 TINY_ADJOINT = (
     "model.adjoint={name: implicit, stopping: {max_steps: 1, rtol: 1.0e-4}}",
     "training.unconverged_adjoint.residual=0.1",
-    "training.pretraining=null",
+    "training.phases=[]",
     "training.jacobian=null",
     "training.schedule.warmup_steps=0",  # the first step has a rate
 )
@@ -65,7 +65,7 @@ def test_an_unconverged_adjoint_is_counted_and_updates_the_weights_if_the_policy
         "training.unconverged_adjoint.residual=10.0",
         "model.adjoint={name: phantom}",
         "model.adjoint={name: jacobian_free}",
-        "training.pretraining={fraction: 1.0, num_layers: 2}",
+        "training.phases=[{until: 1.0, num_unrolled_steps: 2}]",
     ],
 )
 def test_an_adjoint_that_converged_or_is_not_solved_for_triggers_no_policy(tmp_path, override):
@@ -148,7 +148,7 @@ def test_the_statistics_of_a_step_are_those_of_its_solutions(tmp_path):
 def test_an_unrolled_model_has_evaluations_but_no_rule_to_meet(tmp_path):
     recipe = make_recipe(
         tmp_path,
-        "training.pretraining=null",
+        "training.phases=[]",
         "model.depth=unrolled",
         "model.num_layers=3",
         "model.stopping={}",
@@ -167,7 +167,7 @@ def test_an_unrolled_model_has_evaluations_but_no_rule_to_meet(tmp_path):
 def test_unconverged_adjoints_are_reported_once_per_line_of_metrics(tmp_path, capsys, name, end):
     settings = ("training.max_steps=6", "training.evaluate_every=null", "training.log_every=3")
     recipe = make_recipe(
-        tmp_path, *TINY_ADJOINT, *settings, policy(name), "training.pretraining={fraction: 0.25, num_layers: 2}"
+        tmp_path, *TINY_ADJOINT, *settings, policy(name), "training.phases=[{until: 0.25, num_unrolled_steps: 2}]"
     )
     train(recipe)
     lines = [line for line in capsys.readouterr().out.splitlines() if "did not converge" in line]
@@ -199,7 +199,7 @@ def test_a_run_gives_up_after_too_many_steps_skipped_for_their_adjoints(tmp_path
 
 
 def test_a_run_that_raises_leaves_the_checkpoint_before_and_goes_on_under_another_policy(tmp_path):
-    shallow = "training.pretraining={fraction: 0.375, num_layers: 2}"  # three steps; checkpoints at 2, 4, ...
+    shallow = "training.phases=[{until: 0.375, num_unrolled_steps: 2}]"  # three steps; checkpoints at 2, 4, ...
     overrides = (*TINY_ADJOINT, shallow, "training.evaluate_every=null")
     recipe = make_recipe(tmp_path, *overrides, policy("raise"))
     with pytest.raises(SolveError) as caught:
