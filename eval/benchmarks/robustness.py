@@ -26,6 +26,7 @@ from deq_lm.solvers.stopping import Progress
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import problem_suite as suites
+from measure import markdown_table
 
 EPILOG = """examples:
   python eval/benchmarks/robustness.py --output eval/results/robustness.json
@@ -198,6 +199,19 @@ def family_table(records: Sequence[Record]) -> str:
     return _markdown(header, rows)
 
 
+def solved(records: Sequence[Record]) -> list[dict[str, str]]:
+    """A row for each solver: sequences solved and tried in each family, over all tolerances; positions thrown away."""
+    rows = []
+    for name in _distinct(record.solver for record in records):
+        row = {"solver": name}
+        for family in _distinct(record.family for record in records):
+            flags = [flag for r in records if (r.family, r.solver) == (family, name) for flag in r.converged]
+            row[family] = f"{sum(flags)}/{len(flags)}"
+        row["thrown away"] = str(sum(record.thrown_away for record in records if record.solver == name))
+        rows.append(row)
+    return rows
+
+
 def problem_table(records: Sequence[Record]) -> str:
     """Markdown: a row for each problem and tolerance, a column for each solver: converged, mean evaluations."""
     names = _distinct(record.solver for record in records)
@@ -324,6 +338,7 @@ def main() -> int:
         problems += suites.trained_problems(model, **size)
     records = run_suite(problems, arguments.solver, max_steps=arguments.max_steps)
     found = losses(records)
+    print(f"## Sequences solved\n\n{markdown_table(solved(records))}\n")
     print(f"## By family\n\n{family_table(records)}\n\n## By problem: converged, mean evaluations\n")
     print(f"{problem_table(records)}\n\n## Solved by Broyden over whole sequences and not over prefixes\n")
     print(loss_table(found) if found else "None.")
@@ -337,6 +352,7 @@ def main() -> int:
             "max_steps": arguments.max_steps,
             "solvers": {name: repr(SOLVERS[name]) for name in arguments.solver},
             "problems": {problem.name: problem.notes for problem in problems},
+            "tables": {"sequences solved": solved(records)},
             "losses": found,
             "records": [asdict(record) for record in records],
         }

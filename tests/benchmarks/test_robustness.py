@@ -27,6 +27,9 @@ def test_quick_writes_every_solver_on_every_problem(robustness, monkeypatch, tmp
     assert all(record["thrown_away"] == 0 for record in result["records"])
     printed = capsys.readouterr().out
     assert "| cells | 0.001 | Broyden prefix 8 |" in printed
+    (row,) = [row for row in result["tables"]["sequences solved"] if row["solver"] == "Picard"]
+    flags = [f for r in result["records"] if (r["family"], r["solver"]) == ("cells", "Picard") for f in r["converged"]]
+    assert row["cells"] == f"{sum(flags)}/{len(flags)}"
     assert "Solved by Broyden over whole sequences and not over prefixes" in printed
 
 
