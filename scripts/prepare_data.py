@@ -2,6 +2,7 @@
 """Prepare a corpus: train or build its tokenizer, encode every split, and print what was counted."""
 
 import argparse
+import logging
 import sys
 
 EPILOG = """examples:
@@ -28,8 +29,11 @@ def main() -> int:
     parser.add_argument("--vocab-size", type=int, help="entries to train; word_level takes all words without it")
     parser.add_argument("--output", required=True, help="a new folder")
     arguments = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING, format="prepare_data: %(message)s")
+    logging.getLogger("deq_lm").setLevel(logging.INFO)  # progress
 
     # transformers takes seconds to import, which --help and a mistyped option need not wait for
+    from deq_lm.data.corpora import PUBLISHED_WORDS
     from deq_lm.data.encoding import DataConfig, prepare_into
     from deq_lm.errors import ConfigError, DataError
 
@@ -44,9 +48,12 @@ def main() -> int:
     except (ConfigError, DataError) as error:
         print(f"prepare_data: {error}", file=sys.stderr)
         return 2
-    print(f"{'split':<8}{'tokens':>14}{'words':>14}{'bytes':>16}{'unknown':>12}")
+    published = PUBLISHED_WORDS.get(config.corpus, {})
+    header = f"{'split':<8}{'tokens':>14}{'words':>14}{'bytes':>16}{'unknown':>12}"
+    print(header + (f"{'published words':>18}" if published else ""))
     for name, split in encoded.splits.items():
-        print(f"{name:<8}{split.num_tokens:>14,}{split.num_words:>14,}{split.num_bytes:>16,}{split.num_unknown:>12,}")
+        row = f"{name:<8}{split.num_tokens:>14,}{split.num_words:>14,}{split.num_bytes:>16,}{split.num_unknown:>12,}"
+        print(row + (f"{published[name]:>18,}" if published else ""))
     print(f"vocabulary {len(encoded.tokenizer):,}, in {arguments.output}")
     return 0
 

@@ -24,6 +24,12 @@ _HUB_CONFIGURATIONS = {
     "wikitext-2": "wikitext-2-v1",
     "wikitext-2-raw": "wikitext-2-raw-v1",
 }
+PUBLISHED_WORDS: Mapping[str, Mapping[str, int]] = {
+    "wikitext-103": {"train": 103_227_021, "valid": 217_646, "test": 245_569},
+    "wikitext-2": {"train": 2_088_628, "valid": 217_646, "test": 245_569},
+}
+"""Words of each split as perplexities are published for them, `<eos>` of each line included (Merity et al. 2017)."""
+
 CORPUS_NAMES = ("builtin", "text", *_HUB_CONFIGURATIONS)
 _PROBE_SECONDS = 2
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from deq_lm.data.corpora import CORPUS_NAMES, Corpus, load_corpus
+from deq_lm.data.corpora import CORPUS_NAMES, PUBLISHED_WORDS, Corpus, load_corpus
 from deq_lm.data.split_encoding import encode_split
 from deq_lm.data.text_files import SPLITS, file_digest
 from deq_lm.data.token_file import TokenWriter, read_tokens
@@ -146,7 +146,7 @@ def prepare_into(config: DataConfig, folder: str | Path) -> EncodedCorpus:
 
 
 def load_prepared(folder: str | Path, *, expected: DataConfig | None = None) -> EncodedCorpus:
-    """The encoded corpus in a prepared folder.
+    """The encoded corpus in a prepared folder. Logs a warning if its words are not as many as published for its name.
 
     Args:
         folder: written by `prepare` or `prepare_into`.
@@ -164,7 +164,7 @@ def load_prepared(folder: str | Path, *, expected: DataConfig | None = None) -> 
             raise ValueError(f"format {summary['format']}, not {_FORMAT}")
         splits = {name: _read_split(folder, name, summary["splits"][name]) for name in SPLITS}
         made_with = summary["tokenizer"], summary["vocab_size"]
-        fingerprint = summary["fingerprint"]
+        fingerprint, corpus = summary["fingerprint"], summary["corpus"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{folder}: the prepared data is damaged ({error}). Remove the folder and prepare again."
@@ -174,6 +174,12 @@ def load_prepared(folder: str | Path, *, expected: DataConfig | None = None) -> 
             f"{folder}: was prepared with tokenizer {made_with[0]} and vocab_size {made_with[1]}, not "
             f"{expected.tokenizer} and {expected.vocab_size}. Ask for those, or prepare again."
         )
+    for name, published in PUBLISHED_WORDS.get(corpus, {}).items():
+        if splits[name].num_words != published:
+            logger.warning(
+                "%s: the %s split has %s words, and that of %s has %s: perplexities are not comparable with published ones",
+                *(folder, name, f"{splits[name].num_words:,}", corpus, f"{published:,}"),
+            )
     return EncodedCorpus(load_tokenizer(folder / "tokenizer"), splits, fingerprint)
 
 
