@@ -20,7 +20,7 @@ CELL = {"name": "transformer_xl", "d_model": 16, "num_heads": 2, "d_inner": 24, 
 def make(**cell) -> DEQLMForCausalLM:
     torch.manual_seed(0)
     config = DEQLMConfig(
-        vocab_size=VOCABULARY, depth="stack", num_layers=3, cell={**CELL, "injection": False, **cell}, eos_token_id=0
+        vocab_size=VOCABULARY, depth="stack", num_layers=3, cell={**CELL, "injection": "none", **cell}, eos_token_id=0
     )
     return DEQLMForCausalLM(config).double().eval()
 
@@ -43,8 +43,8 @@ def test_layers_follow_each_other_from_the_embedded_tokens_and_remember_what_the
     assert found.solution is None
 
 
-@pytest.mark.parametrize("injection", [False, True])
-def test_two_segments_with_memory_are_one_long_segment(ids: Tensor, injection: bool):
+@pytest.mark.parametrize("injection", ["none", "attention", "residual"])
+def test_two_segments_with_memory_are_one_long_segment(ids: Tensor, injection: str):
     model = make(injection=injection)
     with torch.no_grad():
         whole = model(ids).logits
@@ -90,4 +90,4 @@ def test_what_only_a_solve_has_is_refused(ids: Tensor):
     with pytest.raises(ConfigError, match="give num_layers to an unrolled model or a stack"):
         build_config({"cell": CELL, "depth": "stack"}, vocab_size=23)
     with pytest.raises(ConfigError, match=r"model\.cell: one without injection in a model of depth equilibrium"):
-        build_config({"cell": {**CELL, "injection": False}}, vocab_size=23)
+        build_config({"cell": {**CELL, "injection": "none"}}, vocab_size=23)

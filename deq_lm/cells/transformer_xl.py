@@ -33,8 +33,9 @@ class TransformerXLConfig(CellConfig):
         norm_attention: layer normalization of the attention vector, all heads together, before it is merged.
         weight_norm: weight normalization of every linear map, computed once per solve.
         dropout: probability of the variational masks on the outputs of attention and feed-forward network, in [0, 1).
-        injection: whether x enters queries, keys and values; False is a layer of an ordinary transformer, which has no
-            equilibrium that depends on x.
+        injection: where x enters: "attention", as W_x x in queries, keys and values; "residual", as x itself beside z in the
+            first residual sum; "both"; "none" is a layer of an ordinary transformer, whose equilibrium would not depend
+            on x.
         attention_window: newest positions a query may attend to, itself included; None is all.
         ffn_chunks: parts, at most, that the rows of the feed-forward network are computed in, one after the other, so that
             in a solve its hidden tensor is never there at once.
@@ -52,7 +53,7 @@ class TransformerXLConfig(CellConfig):
     norm_attention: bool = False
     weight_norm: bool = False
     dropout: float = 0.0
-    injection: bool = True
+    injection: Literal["attention", "residual", "both", "none"] = "attention"
     attention_window: int | None = None
     ffn_chunks: int = 1
     recompute: Literal["none", "feed_forward", "block"] = "none"
@@ -69,6 +70,8 @@ class TransformerXLConfig(CellConfig):
             )
         if self.norm not in ("post", "pre"):
             raise ValueError(f"norm={self.norm!r}: expected 'post' or 'pre'.")
+        if self.injection not in ("attention", "residual", "both", "none"):
+            raise ValueError(f"injection={self.injection!r}: expected 'attention', 'residual', 'both' or 'none'.")
         if self.recompute not in ("none", "feed_forward", "block"):
             raise ValueError(f"recompute={self.recompute!r}: expected 'none', 'feed_forward' or 'block'.")
         if not 0.0 <= self.dropout < 1.0:
@@ -76,7 +79,11 @@ class TransformerXLConfig(CellConfig):
 
     @property
     def reads_input(self) -> bool:
-        return self.injection
+        return self.injection != "none"
+
+    @property
+    def injects_into_attention(self) -> bool:
+        return self.injection in ("attention", "both")
 
 
 class TransformerXLCell(Cell):
@@ -96,7 +103,7 @@ class TransformerXLCell(Cell):
         self.config = config
         width = config.d_model
         self.qkv = nn.Linear(width, 3 * width, bias=False)
-        if config.injection:
+        if config.injects_into_attention:
             self.inject = nn.Linear(width, 3 * width, bias=False)
         self.distance = nn.Linear(width, width, bias=False)
         self.merge = nn.Linear(width, width, bias=False)
@@ -140,7 +147,7 @@ class TransformerXLCell(Cell):
         num_keys = length + (0 if memory is None else memory.length)
         # Reading a weight computes its normalization: here, once.
         qkv = autocast.convert(self.qkv.weight)
-        inject = autocast.convert(self.inject.weight) if self.config.injection else None
+        inject = autocast.convert(self.inject.weight) if self.config.injects_into_attention else None
         distances = F.linear(sinusoids(num_keys, width, like=x), self.distance.weight * self._scale)
         distances = F.pad(distances, (0, 0, 0, 1))  # (K + 1, D): the unused column of `by_key`
         tensors = {
@@ -163,6 +170,8 @@ class TransformerXLCell(Cell):
             tensors |= {"vector_norm": self.vector_norm.weight, "vector_norm_bias": self.vector_norm.bias}
         if inject is not None:
             tensors["injection"] = F.linear(x, inject)  # (B, L, 3 D)
+        if self.config.injection in ("residual", "both"):
+            tensors["input"] = x
         if memory is not None:
             z = memory.z
             if self.config.norm == "pre":
@@ -207,6 +216,8 @@ class TransformerXLCell(Cell):
         pre = self.config.norm == "pre"
         attention = self._attention(self._normalize(z, tensors, "attention_norm") if pre else z, tensors)
         h = z + _drop(attention, tensors, "attention_dropout")
+        if "input" in tensors:
+            h = h + tensors["input"]
         h = self._normalize(h, tensors, "output_norm" if pre else "attention_norm")
         out = h + _drop(self._feed_forward(h, tensors), tensors, "output_dropout")
         return out if pre else self._normalize(out, tensors, "output_norm")

@@ -60,7 +60,7 @@ def matching_stack(model: Mapping[str, Any], num_layers: int, vocab_size: int) -
         )
 
     def stack(d_inner: int) -> dict[str, Any]:
-        layer = {**cell, "d_inner": d_inner, "injection": False, "num_blocks": 1}
+        layer = {**cell, "d_inner": d_inner, "injection": "none", "num_blocks": 1}
         kept = {key: model[key] for key in model if key not in _OF_A_SOLVE}
         return {**kept, "depth": "stack", "num_layers": num_layers, "cell": layer}
 

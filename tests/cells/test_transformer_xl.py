@@ -31,7 +31,7 @@ def attention_by_loops(cell: TransformerXLCell, z: Tensor, x: Tensor) -> Tensor:
     """Dai et al. 2019, section 3.3, with Bai et al.'s injection: one number at a time, the whole past in z and x."""
     width = WIDTH // HEADS
     projected = z @ cell.qkv.weight.T
-    if cell.config.injection:
+    if cell.config.injection in ("attention", "both"):
         projected = projected + x @ cell.inject.weight.T
     query, key, value = projected.split(WIDTH, dim=-1)
     out = torch.zeros_like(z)
@@ -59,10 +59,11 @@ def by_loops(cell: TransformerXLCell, z: Tensor, x: Tensor) -> Tensor:
     def feed_forward(h: Tensor) -> Tensor:
         return cell.contract(cell.expand(h).relu())
 
+    added = x if cell.config.injection in ("residual", "both") else 0.0
     if cell.config.norm == "post":
-        h = cell.attention_norm(z + attention_by_loops(cell, z, x))
+        h = cell.attention_norm(z + added + attention_by_loops(cell, z, x))
         return cell.output_norm(h + feed_forward(h))
-    h = cell.output_norm(z + attention_by_loops(cell, cell.attention_norm(z), x))
+    h = cell.output_norm(z + added + attention_by_loops(cell, cell.attention_norm(z), x))
     return h + feed_forward(h)
 
 
@@ -73,7 +74,9 @@ def by_loops(cell: TransformerXLCell, z: Tensor, x: Tensor) -> Tensor:
         {},
         {"weight_norm": True},
         {"norm_attention": True},
-        {"injection": False},
+        {"injection": "none"},
+        {"injection": "residual"},
+        {"injection": "both"},
         {"attention_window": 1},
         {"attention_window": 4},
     ],
@@ -358,6 +361,7 @@ def test_sinusoids_are_exact_in_low_precision_too():
         ({"dropout": 1.0}, "dropout=1.0"),
         ({"attention_window": 0}, "attention_window=0: expected 1 or more"),
         ({"ffn_chunks": 0}, "ffn_chunks=0: expected 1 or more"),
+        ({"injection": "values"}, "injection='values': expected 'attention', 'residual', 'both' or 'none'"),
         ({"recompute": "all"}, "recompute='all': expected 'none', 'feed_forward' or 'block'"),
         ({"num_blocks": 0}, "num_blocks=0: expected 1 or more"),
         ({"init_std": 0.0}, "init_std=0.0"),

@@ -35,7 +35,7 @@ def test_a_stack_has_the_width_and_the_parameters_of_its_rival(num_layers: int, 
     model = {**MODEL, "cell": {**MODEL["cell"], **extra}}
     stack = build_config(matching_stack(model, num_layers, vocab_size=50), vocab_size=50)
     assert (stack.depth, stack.num_layers, stack.d_model) == ("stack", num_layers, 32)
-    assert not stack.cell["injection"]
+    assert stack.cell["injection"] == "none"
     found, wanted = count_parameters(stack), count_parameters(build_config(model, vocab_size=50))
     assert found.embedding == wanted.embedding
     assert found.other == pytest.approx(wanted.other, rel=0.005)
