@@ -33,9 +33,9 @@ class TransformerXLConfig(CellConfig):
         norm_attention: layer normalization of the attention vector, all heads together, before it is merged.
         weight_norm: weight normalization of every linear map, computed once per solve.
         dropout: probability of the variational masks on the outputs of attention and feed-forward network, in [0, 1).
-        injection: where x enters: "attention", as W_x x in queries, keys and values; "residual", as x itself beside z in the
-            first residual sum; "both"; "none" is a layer of an ordinary transformer, whose equilibrium would not depend
-            on x.
+        injection: where x enters: "attention", as W_x x in queries, keys and values, which is the papers' way; "residual",
+            as x itself in the first residual sum; "both"; "none" is a layer of an ordinary transformer, whose equilibrium
+            would not depend on x.
         attention_window: newest positions a query may attend to, itself included; None is all.
         ffn_chunks: parts, at most, that the rows of the feed-forward network are computed in, one after the other, so that
             in a solve its hidden tensor is never there at once.

@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 from cells import embed, load_benchmark_model, random_cell, token_ids, trained_cell
-from measure import benchmark_parser, markdown_table, write_json
+from measure import benchmark_parser
 from torch import Tensor
 
+from deq_lm.evaluation.tables import markdown_table, write_json
 from deq_lm.solvers import Broyden, StoppingRule, solve
 from deq_lm.solvers.broyden import StepsState
 

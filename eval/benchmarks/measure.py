@@ -1,19 +1,15 @@
-"""What the benchmarks share: a clock for the device at hand, interleaved medians, Markdown tables, result files."""
+"""What the benchmarks share: a clock for the device at hand, interleaved medians, options."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-
-from deq_lm.evaluation.results import environment
 
 
 def seconds_of(run: Callable[[], Any], device: torch.device) -> float:
@@ -44,29 +40,6 @@ def interleaved_medians(
         for name, run in runs.items():
             samples[name].append(seconds_of(run, device))
     return {name: statistics.median(times) for name, times in samples.items()}
-
-
-def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows of one set of keys as a Markdown table; floats with three digits."""
-    if not rows:
-        return "(nothing)"
-    header = list(rows[0])
-
-    def show(value: Any) -> str:
-        if value is None:
-            return "-"
-        return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-    lines = [header, ["---"] * len(header), *([show(row[key]) for key in header] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write `content` with date, versions and machine."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    record = {"created": datetime.now(UTC).isoformat(timespec="seconds"), "environment": environment(), **content}
-    path.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    print(f"\nwritten: {path}")
 
 
 def benchmark_parser(doc: str | None, default_output: str) -> argparse.ArgumentParser:

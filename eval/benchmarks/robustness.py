@@ -19,6 +19,7 @@ from torch import Tensor
 
 from deq_lm.evaluation.peak_memory import peak_live_bytes
 from deq_lm.evaluation.results import environment
+from deq_lm.evaluation.tables import markdown_table
 from deq_lm.regularizers import spectral_radius
 from deq_lm.solvers import Anderson, Broyden, FixedPointSolver, Outcome, Picard, StoppingRule, solve
 from deq_lm.solvers.norms import unit_norm
@@ -26,7 +27,6 @@ from deq_lm.solvers.stopping import Progress
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import problem_suite as suites
-from measure import markdown_table
 
 EPILOG = """examples:
   python eval/benchmarks/robustness.py --output eval/results/robustness.json

@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from cells import Contraction, embed, load_benchmark_model, random_cell, token_ids, trained_cell
-from measure import benchmark_parser, interleaved_medians, markdown_table, write_json
+from measure import benchmark_parser, interleaved_medians
 from torch import Tensor
 
 from deq_lm.evaluation.peak_memory import peak_live_bytes
+from deq_lm.evaluation.tables import markdown_table, write_json
 from deq_lm.solvers import Anderson, Broyden, FixedPointSolver, Picard, StoppingRule, solve
 
 try:

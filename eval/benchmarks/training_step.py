@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 from cells import cell_of, embed, load_benchmark_model, token_ids
-from measure import benchmark_parser, interleaved_medians, markdown_table, write_json
+from measure import benchmark_parser, interleaved_medians
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from deq_lm.adjoints import Adjoint, Implicit, JacobianFree, Phantom, Unrolled
 from deq_lm.cells.base import BoundCell, Cell
 from deq_lm.evaluation.peak_memory import peak_live_bytes, saved_bytes
+from deq_lm.evaluation.tables import markdown_table, write_json
 from deq_lm.solvers import Anderson, Broyden, FixedPointSolver, Picard, StoppingRule, solve
 
 try:

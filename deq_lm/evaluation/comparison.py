@@ -1,0 +1,155 @@
+"""Evaluation results side by side: only what was measured alike, seeds of one recipe as a mean with its 95 % interval."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from deq_lm.errors import DataError
+from deq_lm.evaluation.results import EvaluationResult
+from deq_lm.modeling import DEQLMConfig, ParameterCount, count_parameters
+
+# 97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom; beyond them 1.96 is within 5 %
+_STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """One recipe's runs.
+
+    Attributes:
+        name: of the recipe.
+        depth: "equilibrium", "unrolled", "stack".
+        num_seeds: how many runs.
+        parameters: of the model.
+        training_tokens: targets trained on; None if the recipe is not known.
+        nats_per_token, nats_per_word, bits_per_byte: means over the runs.
+        interval: half width of the 95 % interval of nats_per_token; None for a single run.
+        evaluations: of the cell, mean in a forward solve; None without a solve.
+        share_converged: of the forward solves; None likewise.
+        is_causal: of all runs.
+    """
+
+    name: str
+    depth: str
+    num_seeds: int
+    parameters: ParameterCount
+    training_tokens: int | None
+    nats_per_token: float
+    nats_per_word: float | None
+    bits_per_byte: float | None
+    interval: float | None
+    evaluations: float | None
+    share_converged: float | None
+    is_causal: bool
+
+
+def compare(results: Sequence[EvaluationResult]) -> list[Compared]:
+    """A row for each recipe, the lowest loss first.
+
+    Raises:
+        DataError: the results differ in text, tokens or protocol, or one has no finite loss.
+    """
+    first = _protocol(results[0])
+    for result in results[1:]:
+        for what, value in _protocol(result).items():
+            if value != first[what]:
+                raise DataError(
+                    f"{_name(result)} and {_name(results[0])} cannot be compared: {what} {value} and {first[what]}. "
+                    "Measure both alike, with eval/run.py and the same data and evaluation settings."
+                )
+    names = dict.fromkeys(map(_name, results))
+    rows = [_row(name, [result for result in results if _name(result) == name]) for name in names]
+    return sorted(rows, key=lambda row: row.nats_per_token)
+
+
+def comparison_table(rows: Sequence[Compared]) -> list[dict[str, Any]]:
+    """Rows for print: the mark * is at the lowest loss if no other interval reaches into its own."""
+    best, *others = rows
+    wins = all(best.nats_per_token + (best.interval or 0) < row.nats_per_token - (row.interval or 0) for row in others)
+    marked = wins and all(row.interval is not None for row in rows)
+    return [
+        {
+            "model": row.name + (" *" if marked and row is best else ""),
+            "depth": row.depth,
+            "parameters": f"{row.parameters.total:,}",
+            "outside embedding": f"{row.parameters.other:,}",
+            "tokens trained on": None if row.training_tokens is None else f"{row.training_tokens:,}",
+            "runs": row.num_seeds,
+            "nats per token": f"{row.nats_per_token:.3f}" + ("" if row.interval is None else f" +- {row.interval:.3f}"),
+            "nats per word": None if row.nats_per_word is None else f"{row.nats_per_word:.3f}",
+            "bits per byte": None if row.bits_per_byte is None else f"{row.bits_per_byte:.3f}",
+            "evaluations": None if row.evaluations is None else f"{row.evaluations:.1f}",
+            "converged": None if row.share_converged is None else f"{100 * row.share_converged:.1f} %",
+            "causal": "yes" if row.is_causal else "NO",
+        }
+        for row in rows
+    ]
+
+
+def _name(result: EvaluationResult) -> str:
+    return result.recipe["name"] if result.recipe is not None else str(result.location)
+
+
+def _protocol(result: EvaluationResult) -> dict[str, Any]:
+    return {
+        "split": result.split,
+        "data fingerprint": result.data_fingerprint,
+        "tokens": result.perplexity.num_tokens,
+        "words": result.perplexity.num_words,
+        "streams": result.evaluation.batch_size,
+        "segment length": result.evaluation.segment_length,
+        "memory length": result.model["cell"]["mem_len"],
+        "precision": result.precision,
+    }
+
+
+def _row(name: str, results: Sequence[EvaluationResult]) -> Compared:
+    losses = [result.perplexity.nats_per_token for result in results]
+    if None in losses:
+        raise DataError(f"{name}: its loss is not finite, which cannot be compared. Leave it out.")
+    solves = [result.solves for result in results if result.solves is not None]
+    is_solved = results[0].model["depth"] == "equilibrium" and bool(solves)
+    return Compared(
+        name=name,
+        depth=results[0].model["depth"],
+        num_seeds=len(results),
+        parameters=count_parameters(_config(results[0].model)),
+        training_tokens=_training_tokens(results[0].recipe),
+        nats_per_token=statistics.fmean(loss for loss in losses if loss is not None),
+        nats_per_word=_mean([result.perplexity.nats_per_word for result in results]),
+        bits_per_byte=_mean([result.perplexity.bits_per_byte for result in results]),
+        interval=_interval([loss for loss in losses if loss is not None]),
+        evaluations=statistics.fmean(solve.mean_evaluations for solve in solves) if is_solved else None,
+        share_converged=statistics.fmean(solve.share_converged for solve in solves) if is_solved else None,
+        is_causal=all(result.causality.is_causal for result in results),
+    )
+
+
+def _config(model: Mapping[str, Any]) -> DEQLMConfig:
+    names = ("vocab_size", "cell", "embedding", "depth", "num_layers")
+    return DEQLMConfig(**{name: model[name] for name in names if name in model})
+
+
+def _training_tokens(recipe: Mapping[str, Any] | None) -> int | None:
+    if recipe is None:
+        return None
+    training = recipe["training"]
+    return (
+        training["max_steps"] * training["batch_size"] * training["segment_length"] * training["gradient_accumulation"]
+    )
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if len(known) == len(values) else None
+
+
+def _interval(values: Sequence[float]) -> float | None:
+    """Half width of the 95 % interval of the mean."""
+    if len(values) < 2:
+        return None
+    t = _STUDENT_T[len(values) - 2] if len(values) - 2 < len(_STUDENT_T) else 1.96
+    return t * statistics.stdev(values) / len(values) ** 0.5
