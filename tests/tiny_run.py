@@ -68,6 +68,7 @@ def recipe_mapping(folder: Path) -> dict[str, Any]:
             "segment_length": 8,
             "causality_cuts": 1,
             "no_op_segments": 0,
+            "curve_evaluations": [],
             "unroll_depths": [],
             "sample_tokens": 0,
         },

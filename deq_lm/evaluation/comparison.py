@@ -101,7 +101,7 @@ def _protocol(result: EvaluationResult) -> dict[str, Any]:
         "words": result.perplexity.num_words,
         "streams": result.evaluation.batch_size,
         "segment length": result.evaluation.segment_length,
-        "memory length": result.model["cell"]["mem_len"],
+        "memory length": result.mem_len,
         "precision": result.precision,
     }
 

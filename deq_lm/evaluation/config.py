@@ -1,4 +1,4 @@
-"""EvaluationConfig: how a model is measured. The memory length is the model's own."""
+"""EvaluationConfig: how a model is measured."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ class EvaluationConfig:
         batch_size: parallel streams a split is cut into, over all processes together. Each starts without context, so
             numbers are comparable at equal batch_size, segment_length and memory only.
         segment_length: tokens per stream and forward pass.
+        mem_len: positions of memory a segment may attend to; None is what the model was trained with.
         max_segments: score only so many segments of every stream when validating during training; None scores all. The
             final evaluation always scores all.
         causality_cuts: places at which the causality audit cuts the text; each is tried on several sequences.
         no_op_segments: segments of every stream on which the solve is compared with one evaluation of the cell; 0 skips
             the comparison.
+        curve_evaluations: evaluations of the cell at which the loss is measured as well, on `max_segments` segments; [] is
+            none.
         unroll_depths: evaluations at which the memory of a training step is compared with the unrolled model's.
         sample_prompt: text that the sample continues; empty starts a document.
         sample_tokens: length of the sample; 0 makes none.
@@ -26,9 +29,11 @@ class EvaluationConfig:
 
     batch_size: int
     segment_length: int
+    mem_len: int | None = None
     max_segments: int | None = None
     causality_cuts: int = 8
     no_op_segments: int = 4
+    curve_evaluations: tuple[int, ...] = ()
     unroll_depths: tuple[int, ...] = (4, 8, 16, 32)
     sample_prompt: str = ""
     sample_tokens: int = 60
@@ -42,13 +47,16 @@ class EvaluationConfig:
             raise ValueError("segment_length=1: expected at least 2, the causality audit cuts inside a segment.")
         if self.max_segments is not None and self.max_segments < 1:
             raise ValueError(f"max_segments={self.max_segments}: expected at least 1, or null for all.")
+        if self.mem_len is not None and self.mem_len < 0:
+            raise ValueError(f"mem_len={self.mem_len}: expected 0 (no memory) or more, or null for the model's own.")
         for name in ("no_op_segments", "sample_tokens"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: expected 0 (to leave it out) or more.")
-        if any(depth < 1 for depth in self.unroll_depths):
-            raise ValueError(
-                f"unroll_depths={self.unroll_depths}: expected numbers of evaluations, each at least 1; [] leaves them out."
-            )
+        for name in ("curve_evaluations", "unroll_depths"):
+            if any(number < 1 for number in getattr(self, name)):
+                raise ValueError(
+                    f"{name}={getattr(self, name)}: expected numbers of evaluations, each at least 1; [] leaves them out."
+                )
         if self.sample_temperature <= 0:
             raise ValueError(
                 f"sample_temperature={self.sample_temperature}: expected more than 0; 1.0 samples from the model as it is."

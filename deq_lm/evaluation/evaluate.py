@@ -14,8 +14,9 @@ from accelerate import Accelerator
 
 from deq_lm.data.encoding import EncodedCorpus
 from deq_lm.evaluation.causality import audit_causality
+from deq_lm.evaluation.compute_curve import compute_curve
 from deq_lm.evaluation.config import EvaluationConfig
-from deq_lm.evaluation.modes import device_of, measuring
+from deq_lm.evaluation.modes import device_of, measuring, remembering
 from deq_lm.evaluation.ngram import Bigram, Unigram
 from deq_lm.evaluation.no_op import check_no_op
 from deq_lm.evaluation.peak_memory import MemoryRow, memory_against_depth
@@ -66,30 +67,32 @@ def evaluate(
         name: replace(result.perplexity, nll_nats=kind.fit(train_tokens, vocab_size).nll_nats(measured.tokens))
         for name, kind in (("unigram", Unigram), ("bigram", Bigram))
     }
-    is_equilibrium = model.config.depth == "equilibrium"
-    memory, memory_shape = _memory(model, measured.tokens, config) if is_equilibrium else ((), None)
-    return EvaluationResult(
-        schema_version=SCHEMA_VERSION,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        location=location,
-        split=split,
-        data_fingerprint=corpus.fingerprint,
-        seed=seed,
-        precision=str(next(model.parameters()).dtype).removeprefix("torch."),
-        model=json.loads(model.config.to_json_string(use_diff=False)),
-        recipe=recipe,
-        evaluation=config,
-        environment=environment(),
-        perplexity=result.perplexity,
-        unigram=baselines["unigram"],
-        bigram=baselines["bigram"],
-        solves=result.solves,
-        causality=audit_causality(model, measured.tokens, config, seed=seed),
-        no_op=check_no_op(model, measured.tokens, config) if is_equilibrium and config.no_op_segments else None,
-        memory=memory,
-        memory_shape=memory_shape,
-        sample=sample_text(model, corpus.tokenizer, config, seed=seed) if config.sample_tokens else None,
-    )
+    with remembering(model, config.mem_len):
+        is_equilibrium = model.config.depth == "equilibrium"
+        memory, memory_shape = _memory(model, measured.tokens, config) if is_equilibrium else ((), None)
+        return EvaluationResult(
+            schema_version=SCHEMA_VERSION,
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            location=location,
+            split=split,
+            data_fingerprint=corpus.fingerprint,
+            seed=seed,
+            precision=str(next(model.parameters()).dtype).removeprefix("torch."),
+            model=json.loads(model.config.to_json_string(use_diff=False)),
+            recipe=recipe,
+            evaluation=config,
+            environment=environment(),
+            perplexity=result.perplexity,
+            unigram=baselines["unigram"],
+            bigram=baselines["bigram"],
+            solves=result.solves,
+            causality=audit_causality(model, measured.tokens, config, seed=seed),
+            no_op=check_no_op(model, measured.tokens, config) if is_equilibrium and config.no_op_segments else None,
+            curve=tuple(compute_curve(model, measured.tokens, config)) if is_equilibrium else (),
+            memory=memory,
+            memory_shape=memory_shape,
+            sample=sample_text(model, corpus.tokenizer, config, seed=seed) if config.sample_tokens else None,
+        )
 
 
 def _memory(

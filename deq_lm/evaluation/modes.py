@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from deq_lm.cells import Cell
+
 
 @contextmanager
 def measuring(model: nn.Module, *, training: bool = False) -> Iterator[None]:
@@ -31,6 +33,20 @@ def measuring(model: nn.Module, *, training: bool = False) -> Iterator[None]:
             module.training = mode
         if "_original_forward" in attributes:
             attributes["forward"] = mixed_precision_forward
+
+
+@contextmanager
+def remembering(model: nn.Module, mem_len: int | None) -> Iterator[None]:
+    """Inside, segments leave `mem_len` positions of memory to the next ones; None is as many as the model's own."""
+    cells = [module for module in model.modules() if isinstance(module, Cell)]
+    own = [cell.mem_len for cell in cells]
+    try:
+        for cell in cells:
+            cell.mem_len = cell.mem_len if mem_len is None else mem_len
+        yield
+    finally:
+        for cell, length in zip(cells, own, strict=True):
+            cell.mem_len = length
 
 
 @contextmanager

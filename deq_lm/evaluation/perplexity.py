@@ -9,6 +9,7 @@ from accelerate import Accelerator
 
 from deq_lm.data.encoding import EncodedSplit
 from deq_lm.evaluation.config import EvaluationConfig
+from deq_lm.evaluation.modes import remembering
 from deq_lm.evaluation.token_loss import SolveStatistics, finite, score_tokens
 from deq_lm.modeling import DEQLMForCausalLM
 
@@ -100,7 +101,8 @@ def evaluate_perplexity(
     Raises:
         ConfigError: batch_size cannot be divided among the processes.
     """
-    loss = score_tokens(model, split.tokens, config, accelerator)
+    with remembering(model, config.mem_len):
+        loss = score_tokens(model, split.tokens, config, accelerator)
     whole = loss.num_targets == split.num_tokens
     assert whole or config.max_segments is not None, f"scored {loss.num_targets} of {split.num_tokens} tokens"
     perplexity = Perplexity(

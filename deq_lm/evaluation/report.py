@@ -21,6 +21,7 @@ def render(result: EvaluationResult) -> str:
         _perplexities(result),
         [line for lines in (_protocol(result), _solves(result), _causality(result.causality)) for line in lines],
         _no_op(result),
+        _curve(result),
         _memory(result),
         _sample(result),
         _origin(result),
@@ -57,9 +58,8 @@ def _perplexities(result: EvaluationResult) -> list[str]:
 
 
 def _protocol(result: EvaluationResult) -> list[str]:
-    config = result.evaluation
-    mem_len = result.model["cell"]["mem_len"]
-    text = f"{config.batch_size} streams, segments of {config.segment_length}, memory of {mem_len}, {result.precision}"
+    streams, length = result.evaluation.batch_size, result.evaluation.segment_length
+    text = f"{streams} streams, segments of {length}, memory of {result.mem_len}, {result.precision}"
     return _item("measured with", text)
 
 
@@ -113,6 +113,17 @@ def _no_op(result: EvaluationResult) -> list[str]:
         f"(on {check.num_tokens:,} tokens)"
     )
     return _item("no-op check", text)
+
+
+def _curve(result: EvaluationResult) -> list[str]:
+    if not result.curve:
+        return []
+    numbers = [
+        ("evaluations", *(str(point.num_evaluations) for point in result.curve)),
+        ("nats per token", *(_number(point.nats_per_token, ".3f") for point in result.curve)),
+    ]
+    heading = _item("compute at test", f"the solve stopped early, on {result.curve[0].num_tokens:,} tokens")
+    return heading + [f"{row[0]:<{LABEL_WIDTH}}" + "".join(f"{cell:>8}" for cell in row[1:]) for row in numbers]
 
 
 def _memory(result: EvaluationResult) -> list[str]:

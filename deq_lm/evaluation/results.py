@@ -17,6 +17,7 @@ import transformers
 
 from deq_lm.errors import ConfigError, DataError
 from deq_lm.evaluation.causality import CausalityAudit
+from deq_lm.evaluation.compute_curve import CurvePoint
 from deq_lm.evaluation.config import EvaluationConfig
 from deq_lm.evaluation.no_op import NoOpCheck
 from deq_lm.evaluation.peak_memory import MemoryRow
@@ -25,7 +26,7 @@ from deq_lm.evaluation.sample import Sample
 from deq_lm.evaluation.token_loss import SolveStatistics
 from deq_lm.structure import build, to_mapping
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 
@@ -52,6 +53,7 @@ class EvaluationResult:
         solves: behind the model's perplexity; None if it has none.
         causality: whether the model sees what it predicts.
         no_op: whether the solve matters; None if it was not asked for or the model is no equilibrium.
+        curve: loss against evaluations of the cell; empty likewise.
         memory: of a training step, at each depth; empty likewise.
         memory_shape: sequences, their length, and positions of memory of that step.
         sample: text written by the model; None if it was not asked for.
@@ -74,9 +76,15 @@ class EvaluationResult:
     solves: SolveStatistics | None
     causality: CausalityAudit
     no_op: NoOpCheck | None
+    curve: tuple[CurvePoint, ...]
     memory: tuple[MemoryRow, ...]
     memory_shape: tuple[int, int, int] | None
     sample: Sample | None
+
+    @property
+    def mem_len(self) -> int:
+        """Positions of memory it was measured with."""
+        return self.model["cell"]["mem_len"] if self.evaluation.mem_len is None else self.evaluation.mem_len
 
     def headline(self) -> dict[str, Any]:
         """The numbers one looks for first; they follow from the others."""

@@ -17,7 +17,7 @@ from deq_lm.data.streams import IGNORED, ContiguousStreams, Segment
 from deq_lm.evaluation.config import EvaluationConfig
 from deq_lm.evaluation.modes import device_of, measuring
 from deq_lm.modeling import DEQLMForCausalLM
-from deq_lm.solvers import Outcome, Solution
+from deq_lm.solvers import Outcome, Solution, StoppingRule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +83,12 @@ class _Sums:
 
 
 def score_tokens(
-    model: DEQLMForCausalLM, tokens: np.ndarray, config: EvaluationConfig, accelerator: Accelerator | None = None
+    model: DEQLMForCausalLM,
+    tokens: np.ndarray,
+    config: EvaluationConfig,
+    accelerator: Accelerator | None = None,
+    *,
+    stopping: StoppingRule | None = None,
 ) -> TokenLoss:
     """The loss of a language model on one token array.
 
@@ -92,6 +97,7 @@ def score_tokens(
         tokens: 1-D; tokens[0] is context only, all others are targets.
         config: streams, segments, and how many segments at most.
         accelerator: of a run in several processes; each scores its own streams, and all get the sum.
+        stopping: instead of the model's rule.
 
     Raises:
         ConfigError: batch_size cannot be divided among the processes.
@@ -109,7 +115,7 @@ def score_tokens(
     with measuring(model):
         for segment in islice(streams, config.max_segments):
             input_ids, targets = (tensor.to(device) for tensor in without_padding(segment))
-            output = model(input_ids, targets=targets, memory=memory, return_logits=False)
+            output = model(input_ids, targets=targets, memory=memory, stopping=stopping, return_logits=False)
             memory = output.memory
             sums.nll_nats += output.nll_nats.item()
             sums.num_targets += int(output.num_targets)

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from accelerate.state import AcceleratorState
 from tiny_run import make_recipe
 
 from deq_lm.errors import DataError
@@ -26,6 +27,7 @@ def measured(tmp_path_factory) -> EvaluationResult:
         patch.setenv("ACCELERATE_USE_CPU", "true")
         recipe = make_recipe(tmp_path_factory.mktemp("run"), "training.max_steps=2")
         assert train(recipe) is None
+    AcceleratorState._reset_state(reset_partial_state=True)  # other tests begin with one of their own
     return read_result(Path(recipe.training.output_dir) / "final" / "evaluation.json")
 
 

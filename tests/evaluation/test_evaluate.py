@@ -25,6 +25,7 @@ from deq_lm.evaluation import (
     write_result,
 )
 from deq_lm.evaluation.ngram import Bigram, Unigram
+from deq_lm.evaluation.results import SCHEMA_VERSION
 from deq_lm.evaluation.sample import Sample, printable, sample_text
 from deq_lm.modeling import DEQLMConfig, DEQLMForCausalLM
 
@@ -124,7 +125,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(result, tmp_pat
         (lambda text: text[: len(text) // 2], "cannot be read as JSON"),
         (lambda text: "[1]", "no schema_version"),
         (
-            lambda text: text.replace('"schema_version": 1', '"schema_version": 7'),
+            lambda text: text.replace(f'"schema_version": {SCHEMA_VERSION}', '"schema_version": 7'),
             "schema_version 7; this deq_lm reads",
         ),
         (lambda text: text.replace('"num_cuts"', '"num_cut"'), "result.causality.num_cut: unknown key; did you mean"),

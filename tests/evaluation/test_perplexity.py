@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator, debug_launcher
 from accelerate.state import AcceleratorState
 
+from deq_lm import DEQLMConfig, DEQLMForCausalLM
 from deq_lm.data import streams
 from deq_lm.data.encoding import EncodedSplit
 from deq_lm.errors import ConfigError
@@ -81,7 +82,7 @@ def charging_model(table_model, num_tokens):
     model = table_model(torch.zeros(num_tokens + 1, num_tokens + 1))
     forward = model.forward
 
-    def charged(input_ids, *, targets, memory, return_logits):
+    def charged(input_ids, *, targets, memory, stopping, return_logits):
         output = forward(input_ids, targets=targets)
         output.nll_nats = torch.where(targets == -100, 0.0, 2.0 ** targets.double()).sum()
         return output
@@ -250,3 +251,18 @@ def test_two_processes_find_what_one_does(table_model, make_split, monkeypatch, 
 def test_a_setting_out_of_range_is_refused_by_name(settings, message):
     with pytest.raises(ValueError, match=message):
         EvaluationConfig(**{"batch_size": 4, "segment_length": 8, **settings})
+
+
+def test_another_memory_length_is_that_of_a_model_trained_with_it():
+    tokens = torch.randint(0, 31, (200,), generator=torch.Generator().manual_seed(3)).numpy()
+    losses = {}
+    for own, asked in ((4, None), (4, 9), (9, None), (9, 4), (4, 0), (0, None)):
+        torch.manual_seed(0)
+        cell = {"name": "transformer_xl", "d_model": 16, "num_heads": 2, "d_inner": 24, "mem_len": own, "init_std": 0.3}
+        model = DEQLMForCausalLM(DEQLMConfig(vocab_size=31, cell=cell))
+        split = EncodedSplit(tokens, num_words=50, num_bytes=200)
+        config = EvaluationConfig(batch_size=2, segment_length=5, mem_len=asked)
+        losses[own, asked] = evaluate_perplexity(model, split, config).perplexity.nll_nats
+        assert model.model.layers.cell.mem_len == own
+    assert losses[4, 9] == losses[9, None] != losses[4, None] == losses[9, 4]
+    assert losses[4, 0] == losses[0, None] != losses[4, None]
