@@ -26,7 +26,7 @@ def main() -> int:
     arguments = parser.parse_args()
 
     # torch and transformers take seconds to import, which --help and a mistyped option need not wait for
-    from deq_lm.errors import DataError
+    from deq_lm.errors import ConfigError, DataError
     from deq_lm.evaluation import compare, comparison_table, read_result
     from deq_lm.evaluation.tables import markdown_table, write_json
 
@@ -42,7 +42,7 @@ def main() -> int:
                 for r in results
             ]
             write_json(arguments.output, {"sources": sources, "tables": {split: table}})
-    except DataError as error:
+    except (ConfigError, DataError) as error:
         print(f"eval/report.py: {error}", file=sys.stderr)
         return 2
     return 0
