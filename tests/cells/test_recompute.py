@@ -6,9 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from deq_lm.adjoints import Implicit
 from deq_lm.cells import Memory, TransformerXLCell, TransformerXLConfig
+from deq_lm.equilibrium import Equilibrium
 from deq_lm.evaluation.peak_memory import peak_live_bytes, saved_bytes
 from deq_lm.regularizers import jacobian_frobenius
+from deq_lm.solvers import Picard, StoppingRule
 
 BATCH, LENGTH, WIDTH, INNER = 2, 40, 16, 1024
 VARIANTS = [
@@ -102,3 +105,23 @@ def test_chunks_bound_the_hidden_tensors_that_are_there_at_once():
     assert peak() - in_chunks > 0.5 * hidden
     chunked = {"ffn_chunks": 5, "recompute": "feed_forward"}
     assert peak(step=True, recompute="feed_forward") - peak(step=True, **chunked) > hidden
+
+
+@every_variant
+@pytest.mark.parametrize("mixed_precision", [False, True])
+def test_the_implicit_gradient_through_many_backward_passes_is_the_same(variant: dict, mixed_precision: bool):
+    results = []
+    rule = StoppingRule.fixed(6)
+    for options in ({}, variant):
+        cell = make(torch.float32, dropout=0.2, **options)
+        layer = Equilibrium(cell, solver=Picard(), stopping=rule, adjoint=Implicit(solver=Picard(), stopping=rule))
+        torch.manual_seed(1)  # of the dropout masks
+        x = states(2).float().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed_precision):
+            output = layer(x).output
+        results.append([output, *torch.autograd.grad(output, [x, *cell.parameters()], states(5).float())])
+        assert layer.adjoint_solution is not None
+        assert layer.adjoint_solution.num_steps.tolist() == [6] * BATCH
+    tolerance = 2e-2 if mixed_precision else 1e-4
+    for a, b in zip(*results, strict=True):
+        assert torch.dist(a, b) <= tolerance * a.norm()
