@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,26 @@ def interleaved_medians(
     return {name: statistics.median(times) for name, times in samples.items()}
 
 
+PRECISIONS = ("float32", "tf32", "bf16")
+
+
+@contextmanager
+def computing_in(precision: str, device: torch.device) -> Iterator[None]:
+    """Matrix products in float32, in TF32 (which only a GPU has), or under bfloat16 autocast."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    try:
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def reachable(rtol: float, precision: str) -> float:
+    """The tolerance to ask for: an evaluation in bfloat16 does not reach below 1e-2."""
+    return max(rtol, 1e-2) if precision == "bf16" else rtol
+
+
 def benchmark_parser(doc: str | None, default_output: str) -> argparse.ArgumentParser:
     """The options every benchmark has."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -51,5 +72,12 @@ def benchmark_parser(doc: str | None, default_output: str) -> argparse.ArgumentP
     parser.add_argument("--output", type=Path, default=Path(default_output), help=f"default: {default_output}")
     parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds behind each median; default: 5")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; default: 1")
+    parser.add_argument(
+        "--precision",
+        nargs="+",
+        choices=PRECISIONS,
+        default=list(PRECISIONS) if torch.cuda.is_available() else ["float32"],
+        help="of the trained cell; default: float32, on a GPU all three. bf16 is solved to 1e-2 at most",
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser

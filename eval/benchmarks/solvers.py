@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from cells import Contraction, embed, load_benchmark_model, random_cell, token_ids, trained_cell
-from measure import benchmark_parser, interleaved_medians
+from measure import benchmark_parser, computing_in, interleaved_medians, reachable
 from torch import Tensor
 
 from deq_lm.evaluation.peak_memory import peak_live_bytes
@@ -158,6 +158,16 @@ def main() -> int:
             tables[title] = compare(
                 f, torch.zeros_like(x), rtol=rtol, max_steps=80, rounds=arguments.rounds, check_every=check_every
             )
+            print(f"\n## {title}\n\n{markdown_table(tables[title])}", flush=True)
+    for precision in arguments.precision:
+        if precision != "float32":
+            rtol = reachable(1e-3, precision)
+            title = f"trained cell in {precision}, relative residual {rtol:g}"
+            with computing_in(precision, device):
+                f = trained_cell(model, input_ids)
+                tables[title] = compare(
+                    f, torch.zeros_like(x), rtol=rtol, max_steps=80, rounds=arguments.rounds, check_every=check_every
+                )
             print(f"\n## {title}\n\n{markdown_table(tables[title])}", flush=True)
     tables["memory"] = states(tuple(x.shape), device, (30, 300))
     print(f"\n## memory\n\n{markdown_table(tables['memory'])}")

@@ -7,15 +7,17 @@ start. Gradient error: relative, against the equilibrium's gradient in float64 w
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
 from cells import cell_of, embed, load_benchmark_model, token_ids
-from measure import benchmark_parser, interleaved_medians
+from measure import benchmark_parser, computing_in, interleaved_medians, reachable
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -158,6 +160,37 @@ def relative_error(found: list[Tensor], wanted: list[Tensor]) -> float:
     return (difference / sum(b.double().square().sum() for b in wanted)).sqrt().item()  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def measure_steps(
+    problem: Problem, exact: list[Tensor], rtol: float, arguments: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """A row for each kind of step, with both solves to the same tolerance."""
+    forwards = variants(rtol, arguments.max_steps)
+    seconds = interleaved_medians(
+        {name: partial(problem.gradient, forward) for name, forward in forwards.items()},
+        rounds=arguments.rounds,
+        device=torch.device(arguments.device),
+    )
+    rows = []
+    for name, forward in forwards.items():
+        counters = Counters()
+        found = problem.gradient(forward, counters)
+        run = partial(problem.gradient, forward)
+        is_unrolled = name.startswith(("unrolled", "checkpointed"))
+        rows.append(
+            {
+                "step": name,
+                "ms": 1e3 * seconds[name],
+                "x unrolled 12": seconds[name] / seconds["unrolled 12"],
+                "evaluations": counters.evaluations,
+                "products": counters.products,
+                "saved MB": saved_bytes(run, besides=[*problem.parameters, problem.x]) / 1e6,
+                "peak MB": peak_live_bytes(run) / 1e6,
+                "gradient error": None if is_unrolled else relative_error(found, exact),
+            }
+        )
+    return rows
+
+
 def main() -> int:
     parser = benchmark_parser(__doc__, "eval/results/training_step.json")
     parser.add_argument("--max-steps", type=int, default=30, help="budget of both solves, and the deeper unroll")
@@ -176,35 +209,13 @@ def main() -> int:
     problem = Problem(cell_of(model).train(), x, torch.randn_like(x))
     exact = exact_gradient(problem)
     tables = {}
-    for rtol in arguments.rtol:
-        forwards = variants(rtol, arguments.max_steps)
-        seconds = interleaved_medians(
-            {name: partial(problem.gradient, forward) for name, forward in forwards.items()},
-            rounds=arguments.rounds,
-            device=device,
-        )
-        rows = []
-        for name, forward in forwards.items():
-            counters = Counters()
-            found = problem.gradient(forward, counters)
-            run = partial(problem.gradient, forward)
-            rows.append(
-                {
-                    "step": name,
-                    "ms": 1e3 * seconds[name],
-                    "x unrolled 12": seconds[name] / seconds["unrolled 12"],
-                    "evaluations": counters.evaluations,
-                    "products": counters.products,
-                    "saved MB": saved_bytes(run, besides=[*problem.parameters, x]) / 1e6,
-                    "peak MB": peak_live_bytes(run) / 1e6,
-                    "gradient error": None
-                    if name.startswith(("unrolled", "checkpointed"))
-                    else relative_error(found, exact),
-                }
-            )
-        title = f"relative residual {rtol:g}, at most {arguments.max_steps} steps"
-        tables[title] = rows
-        print(f"\n## {title}\n\n{markdown_table(rows)}", flush=True)
+    for rtol, precision in product(arguments.rtol, arguments.precision):
+        asked = reachable(rtol, precision)
+        title = f"relative residual {asked:g}, at most {arguments.max_steps} steps"
+        title += "" if precision == "float32" else f", {precision}"
+        with computing_in(precision, device):
+            tables[title] = measure_steps(problem, exact, asked, arguments)
+        print(f"\n## {title}\n\n{markdown_table(tables[title])}", flush=True)
     shape = {"batch": x.shape[0], "length": x.shape[1], "d_model": x.shape[2], "threads": torch.get_num_threads()}
     write_json(arguments.output, {"shape": shape, "tables": tables})
     return 0
