@@ -93,13 +93,19 @@ class Equilibrium(nn.Module):
             memory: of the segment before.
             key_mask: (B, L) bool, False at padding.
             stopping: overrides the rule of the current mode.
-            adjoint: overrides `self.adjoint`.
+            adjoint: overrides `self.adjoint`; has to go with the solver.
             num_unrolled_steps: run this many plain evaluations and backpropagate through them instead (shallow
                 pretraining).
             estimate_jacobian: also estimate the Jacobian's norm at z*, to be added to the loss.
+
+        Raises:
+            ValueError: if solves by the solver cannot be differentiated by `adjoint`.
         """
         solver = self.solver
-        adjoint = self.adjoint if adjoint is None else adjoint
+        if adjoint is None:
+            adjoint = self.adjoint
+        else:
+            adjoint.check(solver)
         if num_unrolled_steps is not None:
             solver, adjoint, stopping = Picard(), Unrolled(), _layers(num_unrolled_steps)
         elif stopping is None:

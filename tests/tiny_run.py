@@ -16,6 +16,7 @@ from deq_lm.structure import build, to_mapping
 from deq_lm.training.checkpoint import Identity, TrainingState
 from deq_lm.training.loop import comparable_config, train_step
 from deq_lm.training.optimizer import make_optimizer
+from deq_lm.training.phases import comparable_phases
 from deq_lm.training.recipe import Recipe, apply_override
 from deq_lm.training.schedules import make_schedule
 
@@ -111,7 +112,13 @@ def make_state(recipe: Recipe, accelerator: Accelerator) -> tuple[TrainingState,
     model = DEQLMForCausalLM(build_config(recipe.model, vocab_size=len(corpus.tokenizer)))
     optimizer = make_optimizer(model, recipe.training.optimizer)
     schedule = make_schedule(optimizer, recipe.training.schedule, max_steps=recipe.training.max_steps)
-    identity = Identity(to_mapping(recipe), comparable_config(model), corpus.fingerprint, accelerator.num_processes)
+    identity = Identity(
+        to_mapping(recipe),
+        comparable_config(model),
+        corpus.fingerprint,
+        accelerator.num_processes,
+        comparable_phases(recipe.training.phases, recipe.training.num_schedule_steps),
+    )
     return TrainingState(model, optimizer, schedule, streams), identity, corpus.tokenizer
 
 

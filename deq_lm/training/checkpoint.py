@@ -51,6 +51,7 @@ MAY_CHANGE = (
     "recipe.data.cache_dir",
     "recipe.training.output_dir",
     "recipe.training.max_steps",
+    "recipe.training.phases",
     "recipe.training.unconverged_adjoint",
     "recipe.training.log_every",
     "recipe.training.evaluate_every",
@@ -61,7 +62,7 @@ MAY_CHANGE = (
 )
 """Settings a run may be continued with another value of: they decide no update of the weights, or are meant to be
 raised (max_steps), or to be given up (unconverged_adjoint, that a run it has ended may go on), or are compared in another
-form (the model by its configuration, the data by a fingerprint)."""
+form (the model by its configuration, the data by a fingerprint, the phases by the steps they end at)."""
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +107,7 @@ class Identity:
     model_config: Mapping[str, Any]
     data_fingerprint: str
     num_processes: int
+    phases: tuple[Mapping[str, Any], ...] = ()
 
 
 def save(

@@ -38,7 +38,7 @@ from deq_lm.training import checkpoint
 from deq_lm.training.checkpoint import Identity, Progress, TrainingState
 from deq_lm.training.durable import begin_folder, publish_folder
 from deq_lm.training.optimizer import make_optimizer
-from deq_lm.training.phases import plan_step
+from deq_lm.training.phases import comparable_phases, plan_step, stretches
 from deq_lm.training.process import StopSignal, warn_of_missing_processes
 from deq_lm.training.recipe import Recipe, TrainingConfig
 from deq_lm.training.run_folder import RunFolder
@@ -125,6 +125,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> int | None:
         model_config=comparable_config(model),
         data_fingerprint=corpus.fingerprint,
         num_processes=accelerator.num_processes,
+        phases=comparable_phases(settings.phases, settings.num_schedule_steps),
     )
     newest = checkpoint.newest_complete(run.checkpoints) if resume else None
     if newest is not None:
@@ -380,6 +381,9 @@ def describe(
 ) -> str:
     """What is about to happen, in a few lines."""
     settings = recipe.training
+    ends = [
+        f"{end:,}" for _, end, phase in stretches(settings.phases, settings.num_schedule_steps) if phase is not None
+    ]
     tokens_per_step = settings.batch_size * settings.segment_length * settings.gradient_accumulation
     return "\n".join(
         [
@@ -387,6 +391,7 @@ def describe(
             f"{corpus.splits['train'].num_tokens:,} tokens of {recipe.data.corpus} to train on",
             f"{settings.max_steps:,} steps of {tokens_per_step:,} tokens on {accelerator.num_processes} process(es), "
             f"{accelerator.device.type}, mixed precision {accelerator.mixed_precision}; run folder {settings.output_dir}",
+            *([f"phases end at steps {', '.join(ends)}"] if ends else []),
             "starting at step 0" if newest is None else f"resuming from {newest}",
         ]
     )

@@ -15,15 +15,14 @@ from warnings import warn
 
 import yaml
 
-from deq_lm.adjoints import Adjoint, Implicit
+from deq_lm.adjoints import Implicit
 from deq_lm.data.encoding import DataConfig
 from deq_lm.errors import ConfigError, UnusedSettingWarning
 from deq_lm.evaluation import EvaluationConfig
-from deq_lm.modeling import DEQLMConfig, build_config
-from deq_lm.modeling.builders import build_adjoint, build_solver, build_stopping
+from deq_lm.modeling import build_config
 from deq_lm.structure import build, to_mapping
 from deq_lm.training.optimizer import OptimizerConfig
-from deq_lm.training.phases import JacobianConfig, PhaseConfig
+from deq_lm.training.phases import JacobianConfig, PhaseConfig, check_phases
 from deq_lm.training.schedules import ScheduleConfig
 from deq_lm.training.strict_yaml import parse_yaml, read_yaml
 
@@ -36,15 +35,15 @@ class UnconvergedAdjointConfig:
     """What becomes of a step of which an adjoint solve did not converge, so that its gradient is not that of the loss.
 
     One with a loss or gradient that is not finite is skipped anyway and not counted here, nor is one without an adjoint
-    solve: of shallow pretraining, or of a model with another adjoint than `implicit`.
+    solve: of shallow pretraining, or with another adjoint than `implicit`.
 
     Attributes:
         policy: "ignore" only counts such steps in the metrics; "warn" reports them in the log, once per `log_every`
             steps; "skip" reports them and leaves their updates out, though not their memory and loss, which the adjoint
             solve has no part in; "raise" ends the run before the update and without a checkpoint of the step.
         residual: largest relative residual of an adjoint solve, over the sequences and segments of the step in all
-            processes, that still counts as converged; > 0 and at least `rtol` of `model.adjoint.stopping`. One that is
-            not finite never does.
+            processes, that still counts as converged; > 0 and at least `rtol` of the adjoint's stopping rule, in the
+            model section and in every phase. One that is not finite never does.
     """
 
     policy: Literal["ignore", "warn", "skip", "raise"]
@@ -120,7 +119,6 @@ class TrainingConfig:
             )
         if not self.output_dir.strip():
             raise ValueError("output_dir is empty: give the folder the run is written to.")
-
         if self.max_steps_jitter < 0:
             raise ValueError(f"max_steps_jitter={self.max_steps_jitter}: expected 0 (none) or more.")
         ends = [phase.until for phase in self.phases]
@@ -171,7 +169,13 @@ class Recipe:
         config = build_config(
             self.model, vocab_size=self.data.vocab_size or ANY_VOCAB_SIZE
         )  # raises on a wrong section
-        adjoints = check_phases(self.training, config)
+        adjoints = check_phases(
+            self.training.phases,
+            num_steps=self.training.num_schedule_steps,
+            jitter=self.training.max_steps_jitter,
+            jacobian=self.training.jacobian,
+            config=config,
+        )
         unconverged = self.training.unconverged_adjoint
         tolerances = [adjoint.stopping.rtol for adjoint in adjoints if isinstance(adjoint, Implicit)]
         if not tolerances and unconverged.policy != "ignore":
@@ -185,51 +189,6 @@ class Recipe:
                 f"training.unconverged_adjoint.residual={unconverged.residual}: expected at least the rtol of the "
                 f"adjoint's stopping rule, {max(tolerances)}, at which a solve has converged."
             )
-
-
-def check_phases(training: TrainingConfig, config: DEQLMConfig) -> list[Adjoint]:
-    """All adjoints a run solves with, the model's own first; none of a model that solves nothing.
-
-    Raises:
-        ConfigError: training changes what the model does not have, or so that it cannot be.
-    """
-    if config.depth != "equilibrium":
-        solved = [
-            name
-            for name, given in (
-                ("max_steps_jitter", training.max_steps_jitter > 0),
-                ("jacobian", config.depth == "stack" and training.jacobian is not None),
-                ("phases", any(phase.num_unrolled_steps is None for phase in training.phases)),
-                ("phases", config.depth == "stack" and training.phases),
-            )
-            if given
-        ]
-        if solved:
-            raise ConfigError(
-                f"training.{solved[0]}: is for an equilibrium, and model.depth is {config.depth}. Leave it empty, or take "
-                "depth=equilibrium."
-            )
-        return []
-    solver = build_solver(config.solver, "model.solver")
-    adjoints = [build_adjoint(config.adjoint, "model.adjoint")]
-    stopping = build_stopping(config.stopping, "model.stopping")
-    budgets = [stopping.max_steps]
-    for i, phase in enumerate(training.phases):
-        where = f"training.phases[{i}]"
-        if phase.adjoint is not None:
-            adjoints.append(build_adjoint(phase.adjoint, f"{where}.adjoint"))
-            try:
-                adjoints[-1].check(solver)
-            except ValueError as error:
-                raise ConfigError(f"{where}.adjoint: {error}") from error
-        if phase.max_steps is not None:
-            budgets.append(phase.max_steps)
-    if min(budgets) < training.max_steps_jitter:
-        raise ConfigError(
-            f"training.max_steps_jitter={training.max_steps_jitter}: expected at most {min(budgets)}, the smallest "
-            "budget it is taken from."
-        )
-    return adjoints
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -14,10 +14,11 @@ from safetensors.torch import load_file
 from tiny_run import forward_changed, make_recipe, make_state, metrics, one_step
 
 from deq_lm.adjoints import Implicit, Phantom
-from deq_lm.errors import ConfigError, UnusedSettingWarning
+from deq_lm.errors import CheckpointError, ConfigError, UnusedSettingWarning
 from deq_lm.solvers import StoppingRule
 from deq_lm.training import train
 from deq_lm.training.phases import GrowthConfig, JacobianConfig, PhaseConfig, StepPlan, plan_step
+from deq_lm.training.recipe import load_recipe
 
 PHANTOM = {"name": "phantom", "num_steps": 1, "relaxation": 0.5}
 CURRICULUM = (
@@ -27,6 +28,8 @@ CURRICULUM = (
 plan = partial(
     plan_step, phases=(), num_steps=10, stopping=StoppingRule(max_steps=30, rtol=1e-4), jitter=0, jacobian=None
 )
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+grow = partial(GrowthConfig, first_step=0, max_weight=None)
 SETTINGS = (
     "training.phases=[{until: 0.25, num_unrolled_steps: 3}, "
     "{until: 0.625, max_steps: 2, adjoint: {name: phantom, num_steps: 1, relaxation: 0.5}}]",
@@ -64,14 +67,39 @@ def test_a_jitter_cuts_the_budget_of_the_phase_evenly_and_never_an_unrolled_step
 @pytest.mark.parametrize(
     ("growth", "weights"),
     [
-        (None, [1.0, 1.0, 1.0, 1.0, 1.0]),
-        (GrowthConfig(every_steps=2, increase=0.5), [1.0, 1.0, 1.5, 1.5, 2.0]),
-        (GrowthConfig(every_steps=1, increase=0.25), [1.0, 1.25, 1.5, 1.75, 2.0]),
+        (None, [1.0] * 6),
+        (grow(every_steps=2, increase=0.5), [1.0, 1.0, 1.5, 1.5, 2.0, 2.0]),
+        (grow(every_steps=1, increase=0.25), [1.0, 1.25, 1.5, 1.75, 2.0, 2.25]),
+        (grow(first_step=1, every_steps=2, increase=0.5), [1.0, 1.0, 1.0, 1.5, 1.5, 2.0]),
+        (grow(first_step=1, every_steps=1, increase=0.5, max_weight=2.0), [1.0, 1.0, 1.5, 2.0, 2.0, 2.0]),
+        (grow(every_steps=1, increase=0.4, max_weight=1.5), [1.0, 1.4, 1.5, 1.5, 1.5, 1.5]),
     ],
 )
 def test_the_weight_of_the_regularization_grows_as_it_says(growth: GrowthConfig | None, weights: list[float]):
     jacobian = JacobianConfig(weight=1.0, probability=1.0, growth=growth)
-    assert [plan(step, jacobian=jacobian).jacobian_weight for step in range(5)] == weights
+    assert [plan(step, jacobian=jacobian).jacobian_weight for step in range(6)] == weights
+
+
+def test_as_published_the_regularization_does_not_grow_in_the_shallow_steps():
+    jacobian = load_recipe(RECIPES / "wikitext103_deq_jacreg_preln.yaml").training.jacobian
+    steps = (32_000, 59_999, 60_000, 89_999, 90_000, 249_999)
+    assert [jacobian.weight_at(step) for step in steps] == pytest.approx([2.0, 2.0, 2.1, 2.1, 2.2, 2.7])
+
+
+def test_a_weight_that_grows_from_zero_costs_nothing_until_it_has(tmp_path: Path):
+    recipe = make_recipe(
+        tmp_path,
+        "training.phases=[]",
+        "training.jacobian={weight: 0.0, probability: 1.0, growth: {first_step: 1, every_steps: 1, increase: 0.1, "
+        "max_weight: null}}",
+    )
+    accelerator = Accelerator(cpu=True)
+    state, _, _ = make_state(recipe, accelerator)
+    seen = []
+    with forward_changed(state.model, lambda _, kwargs: seen.append(kwargs["estimate_jacobian"])):
+        for _ in range(3):
+            one_step(recipe, state, accelerator)
+    assert seen == [False] * 4 + [True] * 2
 
 
 def test_the_loop_does_what_is_planned(tmp_path: Path):
@@ -94,7 +122,7 @@ def test_the_loop_does_what_is_planned(tmp_path: Path):
 
 def test_a_growing_weight_reaches_the_gradient(tmp_path: Path):
     norms = []
-    for growth in ("null", "{every_steps: 1, increase: 1.0e+6}"):
+    for growth in ("null", "{first_step: 0, every_steps: 1, increase: 1.0e+6, max_weight: null}"):
         recipe = make_recipe(
             tmp_path, "training.phases=[]", f"training.jacobian={{weight: 0.1, probability: 1.0, growth: {growth}}}"
         )
@@ -130,6 +158,34 @@ def test_a_run_continued_across_phases_with_jitter_is_the_uninterrupted_one(tmp_
     assert len(set(evaluations[5:])) > 1 or len(set(evaluations[2:5])) > 1
 
 
+def test_a_run_says_where_its_phases_end(tmp_path: Path, capsys):
+    train(make_recipe(tmp_path, *SETTINGS, "training.max_steps=1"))
+    assert "\nphases end at steps 2, 5\n" in capsys.readouterr().out
+
+
+def test_phases_are_the_steps_they_end_at_and_may_not_change(tmp_path: Path):
+    settings = (
+        "training.schedule={name: constant, warmup_steps: 0, decay_steps: null, final_lr_ratio: null}",
+        "training.evaluate_every=null",
+        "training.jacobian=null",
+    )
+
+    def recipe(num_steps: int, until: float, adjoint: str = "{name: phantom}"):
+        phases = f"training.phases=[{{until: {until}, max_steps: 2, adjoint: {adjoint}}}]"
+        return make_recipe(tmp_path, *settings, phases, f"training.max_steps={num_steps}")
+
+    train(recipe(2, 0.5))
+    with pytest.raises(CheckpointError, match=r"belongs to another run \(phases: .*\"until\": 1,.*\"until\": 2,"):
+        train(recipe(4, 0.5), resume=True)  # what was step 2 of 4 would be a step of the phase again
+    with pytest.raises(CheckpointError, match=r"\(phases: .*\"num_steps\": 5.* there, .*\"num_steps\": 3"):
+        train(recipe(4, 0.25, "{name: phantom, num_steps: 3}"), resume=True)
+    spelled_out = "{name: phantom, num_steps: 5, relaxation: 0.8}"
+    assert train(recipe(4, 0.25, spelled_out), resume=True) is None
+
+
+GROWTH = "training.jacobian.growth="
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [
@@ -157,8 +213,25 @@ def test_a_run_continued_across_phases_with_jitter_is_the_uninterrupted_one(tmp_
         ),
         ("training.max_steps_jitter=-1", "max_steps_jitter=-1: expected 0 (none) or more"),
         ("training.max_steps_jitter=7", "training.max_steps_jitter=7: expected at most 6, the smallest budget"),
-        ("training.jacobian.growth={every_steps: 0, increase: 0.1}", "every_steps=0: expected 1 or more"),
-        ("training.jacobian.growth={every_steps: 5, increase: 0.0}", "increase=0.0: expected more than 0"),
+        (
+            "training.phases=[{until: 0.25, num_unrolled_steps: 2}, {until: 0.5, adjoint: {name: unrolled}}]",
+            "training.phases[1].adjoint: unrolled with the solver Broyden",
+        ),
+        ("training.phases=[{until: 0.5, max_steps: 3}, {until: 0.25, max_steps: 4}]", "phases end at [0.5, 0.25]"),
+        ("training.phases=null", "recipe.training.phases: expected a list"),
+        ("training.phases=[{max_steps: 3}]", "recipe.training.phases[0]: missing until"),
+        (f"{GROWTH}{{first_step: -1, every_steps: 5, increase: 0.1, max_weight: null}}", "first_step=-1: expected 0"),
+        (f"{GROWTH}{{first_step: 0, every_steps: 0, increase: 0.1, max_weight: null}}", "every_steps=0: expected 1"),
+        (f"{GROWTH}{{first_step: 0, every_steps: 5, increase: 0.0, max_weight: null}}", "increase=0.0: expected more"),
+        (
+            f"{GROWTH}{{first_step: 0, every_steps: 5, increase: 0.1, max_weight: 0.1}}",
+            "recipe.training.jacobian: growth.max_weight=0.1: expected more than weight=0.1",
+        ),
+        ("training.jacobian.weight=0.0", "weight=0.0: expected more than 0, or 0 with a growth"),
+        (
+            "training.phases=[{until: 0.5, adjoint: {name: implicit, stopping: {rtol: 0.2}}}]",
+            "residual=0.1: expected at",
+        ),
     ],
 )
 def test_a_wrong_schedule_is_refused_at_its_place(tmp_path: Path, override: str, words: str):
@@ -195,3 +268,52 @@ def test_the_policy_for_adjoint_solves_looks_at_the_adjoints_of_all_phases(tmp_p
     with pytest.warns(UnusedSettingWarning, match="no effect in a run without an adjoint solve"):
         make_recipe(tmp_path, jacobian_free)
     make_recipe(tmp_path, jacobian_free, "training.phases=[{until: 0.5, adjoint: {name: implicit}}]")
+    with pytest.warns(UnusedSettingWarning, match="no effect in a run without an adjoint solve"):
+        make_recipe(tmp_path, "training.phases=[{until: 1.0, adjoint: {name: phantom}}]")
+    loose = "model.adjoint={name: implicit, stopping: {rtol: 0.2}}"  # which no step goes by
+    make_recipe(tmp_path, loose, "training.phases=[{until: 1.0, adjoint: {name: implicit}}]")
+
+
+UNROLLED_TO_THE_END = "training.phases=[{until: 1.0, num_unrolled_steps: 2}]"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (
+            ["training.phases=[{until: 0.05, max_steps: 2}]"],
+            r"training\.phases\[0\]: until=0\.05 of 8 steps is step 0, where it begins\. Give a larger share",
+        ),
+        (
+            ["training.phases=[{until: 0.5, max_steps: 2}, {until: 0.51, max_steps: 3}]"],
+            r"training\.phases\[1\]: until=0\.51 of 8 steps is step 4",
+        ),
+        (
+            ["training.phases=[{until: 0.5, max_steps: 2, regularize: false}]", "training.jacobian=null"],
+            r"training\.phases\[0\]\.regularize=false: there is no regularization \(training\.jacobian\) in it",
+        ),
+        (
+            ["training.phases=[{until: 0.5, num_unrolled_steps: 2, regularize: false}]"],
+            r"training\.phases\[0\]\.regularize=false: there is no solve in it",
+        ),
+        (
+            [UNROLLED_TO_THE_END, "training.jacobian=null", "training.max_steps_jitter=1"],
+            r"training\.max_steps_jitter=1: no step of the run solves\. Give 0",
+        ),
+        ([UNROLLED_TO_THE_END], r"training\.jacobian: the phases leave no step that it is for\. Give null"),
+        (
+            ["training.phases=[{until: 1.0, regularize: false}]"],
+            r"training\.jacobian: the phases leave no step that it is for\. Give null",
+        ),
+    ],
+)
+def test_what_has_no_effect_warns(tmp_path: Path, overrides: list[str], words: str):
+    with pytest.warns(UnusedSettingWarning, match=words) as caught:
+        make_recipe(tmp_path, *overrides, "training.unconverged_adjoint.policy=ignore")
+    assert len(caught) == 1
+
+
+def test_a_jitter_is_held_to_the_budgets_that_are_used(tmp_path: Path):
+    make_recipe(tmp_path, "training.phases=[{until: 1.0, max_steps: 9}]", "training.max_steps_jitter=9")
+    with pytest.raises(ConfigError, match=r"max_steps_jitter=3: expected at most 2, the smallest budget"):
+        make_recipe(tmp_path, "training.phases=[{until: 0.5, max_steps: 2}]", "training.max_steps_jitter=3")

@@ -1,5 +1,6 @@
 """Several processes train as one does: each owns whole streams, and all decide alike."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,44 @@ def test_a_run_in_two_processes_logs_what_one_logs_and_resumes_bit_for_bit(tmp_p
     for name in ("model.safetensors", "rank_00000.safetensors", "rank_00001.safetensors", "optimizer.pt"):
         first, second = (tmp_path / folder / "checkpoints" / "step_00000004" / name for folder in ("two", "again"))
         assert first.read_bytes() == second.read_bytes()
+
+
+def test_each_process_draws_its_own_budgets_and_draws_on_when_resumed(tmp_path):
+    make_recipe(tmp_path)
+    settings = (
+        "model.stopping={max_steps: 6, rtol: 0.0, patience: null}",
+        "training.phases=[{until: 0.25, num_unrolled_steps: 2}, {until: 0.5, max_steps: 4, adjoint: {name: phantom}}]",
+        "training.max_steps_jitter=3",
+        "training.unconverged_adjoint.policy=ignore",
+        "training.evaluate_every=null",
+        "training.checkpoint_every=1",
+        "training.keep_checkpoints=8",
+        "training.log_every=100",  # so that an interval, which a checkpoint keeps, has all evaluations
+    )
+    whole, again = ((f"training.output_dir={tmp_path / name}", *settings) for name in ("whole", "again"))
+    debug_launcher(run, args=(tmp_path, whole, False), num_processes=2)
+    debug_launcher(run, args=(tmp_path, (*again, "training.max_steps=3"), False), num_processes=2)
+    debug_launcher(run, args=(tmp_path, again, True), num_processes=2)
+    for name in ("model.safetensors", "rank_00000.safetensors", "rank_00001.safetensors", "optimizer.pt"):
+        first, second = (tmp_path / folder / "checkpoints" / "step_00000008" / name for folder in ("whole", "again"))
+        assert first.read_bytes() == second.read_bytes(), name
+    budgets = []
+    for rank in (0, 1):
+        evaluations, others = (
+            json.loads((tmp_path / folder / "checkpoints" / "step_00000008" / f"rank_0000{rank}.json").read_text())[
+                "interval"
+            ]["solver_evaluations"]
+            for folder in ("whole", "again")
+        )
+        assert evaluations == others
+        steps = [set(evaluations[i : i + 4]) for i in range(0, len(evaluations), 4)]  # 2 segments of 2 streams each
+        assert len(steps) == 6  # the shallow ones have no solve
+        assert all(len(found) == 1 for found in steps)  # one draw a step
+        budgets.append([found.pop() - 1 for found in steps])
+        assert all(1 <= budget <= 4 for budget in budgets[-1][:2])
+        assert all(3 <= budget <= 6 for budget in budgets[-1][2:])
+        assert len(set(budgets[-1][2:])) > 1
+    assert budgets[0] != budgets[1]
 
 
 def skip(folder: Path) -> None:

@@ -54,7 +54,8 @@ def test_overrides_replace_single_values_lists_and_sections(path):
 
 def test_an_override_reaches_into_a_section_that_was_null(mapping):
     changed = {**mapping, "training": {**mapping["training"], "jacobian": None}}
-    for setting in ("weight=0.5", "probability=1.0", "growth.every_steps=2", "growth.increase=0.25"):
+    growth = ("growth.first_step=0", "growth.every_steps=2", "growth.increase=0.25", "growth.max_weight=null")
+    for setting in ("weight=0.5", "probability=1.0", *growth):
         apply_override(changed, f"training.jacobian.{setting}")
     assert build(Recipe, changed).training.jacobian.weight_at(5) == 1.0
 

@@ -123,6 +123,8 @@ def test_a_finished_run_cannot_be_resumed_to_fewer_steps(tmp_path):
         ("training.optimizer.lr=0.02", "recipe.training.optimizer.lr: 0.01 there, 0.02 here"),
         ("training.batch_size=2", "recipe.training.batch_size: 4 there, 2 here"),
         ("seed=2", "recipe.seed: 1 there, 2 here"),
+        ("training.max_steps_jitter=1", "recipe.training.max_steps_jitter: 0 there, 1 here"),
+        ("training.jacobian.weight=0.2", "recipe.training.jacobian.weight: 0.1 there, 0.2 here"),
     ],
 )
 def test_a_run_with_other_settings_is_refused_and_each_difference_named(tmp_path, override, words):
