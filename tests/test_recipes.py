@@ -1,5 +1,6 @@
 """The recipes that come with the project: valid, complete, and listed."""
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import fields, replace
@@ -15,7 +16,7 @@ from deq_lm.modeling import ParameterCount, build_config, count_parameters
 from deq_lm.modeling.configuration_deq_lm import ModelSettings
 from deq_lm.structure import build, to_mapping
 from deq_lm.training import train
-from deq_lm.training.phases import PhaseConfig
+from deq_lm.training.phases import JacobianConfig, PhaseConfig
 from deq_lm.training.recipe import Recipe, load_recipe
 from deq_lm.training.strict_yaml import read_yaml
 
@@ -169,7 +170,11 @@ def test_a_recipe_in_small_trains(path, tmp_path, monkeypatch):
         small += ["data.vocab_size=50", "model.embedding.cutoffs=[20, 30]"]
     else:
         small += ["data.vocab_size=300"]
-    recipe = load_recipe(path, small)
+    phases = to_mapping(load_recipe(path).training)["phases"]
+    for i, phase in enumerate(phases):
+        phase["until"] = (i + 1) / (len(phases) + 1)  # a step of it, and one after it
+    recipe = load_recipe(path, [*small, f"training.phases={json.dumps(phases)}"])
+    assert len(phases) < 2
     assert train(recipe) is None
     losses = [record["loss"] for record in metrics(recipe, "train")]
     assert len(losses) == 2
@@ -183,5 +188,9 @@ def test_the_sections_the_readme_shows_are_valid():
         section = yaml.safe_load(block)
         for phase in section.pop("phases", []):
             build(PhaseConfig, phase, "phases")
+        if "jacobian" in section:
+            jacobian = build(JacobianConfig, section.pop("jacobian"), "jacobian")
+            weights = [jacobian.weight_at(step) for step in (0, 20_000, 30_000, 40_000, 50_000)]
+            assert weights == pytest.approx([0, 0, 1, 2, 2])
         config = build_config({"cell": {"name": "transformer_xl", "d_model": 64}, **section}, vocab_size=267_735)
         assert places({name: getattr(config, name) for name in section}) == places(section)  # complete, too

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from deq_lm import DEQLMConfig, DEQLMForCausalLM
+from deq_lm.adjoints import Adjoint, Phantom, Reversed, Unrolled
 from deq_lm.cells import Memory, TransformerXLCell
 from deq_lm.errors import ConfigError, UnusedSettingWarning
 from deq_lm.modeling import build_config
@@ -319,6 +320,26 @@ def test_shallow_pretraining_is_the_unrolled_model(ids: Tensor):
         assert torch.equal(found.last_hidden_state, expected.last_hidden_state)
 
 
+def test_another_adjoint_for_one_call_is_the_model_configured_with_it(ids: Tensor):
+    model, phantom = make(), make(adjoint={"name": "phantom", "num_steps": 1, "relaxation": 0.5})
+    config = model.config.to_dict()
+    gradients = []
+    for twin, adjoint in ((model, Phantom(num_steps=1, relaxation=0.5)), (phantom, None), (model, None)):
+        twin.zero_grad()
+        twin(ids[:, :-1], targets=ids[:, 1:], adjoint=adjoint).loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in twin.parameters()]))
+        assert (twin.adjoint_solution is None) == (len(gradients) < 3)
+    assert torch.equal(gradients[0], gradients[1])
+    assert not torch.allclose(gradients[0], gradients[2], rtol=1e-3)  # the next call goes by the configuration again
+    assert model.config.to_dict() == config
+
+
+@pytest.mark.parametrize(("adjoint", "words"), [(Unrolled(), "unrolled with the solver"), (Reversed(), "'reversible'")])
+def test_another_adjoint_for_one_call_has_to_go_with_the_solver(ids: Tensor, adjoint: Adjoint, words: str):
+    with torch.no_grad(), pytest.raises(ValueError, match=words):
+        make()(ids, adjoint=adjoint)
+
+
 def test_dropout_is_one_mask_a_solve_so_that_the_solve_converges_and_backward_repeats(ids: Tensor):
     model = make(cell={"dropout": 0.3}).train()
     output = model(ids[:, :-1], targets=ids[:, 1:])
@@ -395,6 +416,8 @@ def test_arguments_that_would_be_ignored_are_refused(ids: Tensor):
         model(ids, labels=ids, targets=ids)
     with pytest.raises(ValueError, match=r"stopping.*num_unrolled_steps.*not both"):
         model(ids, stopping=StoppingRule(), num_unrolled_steps=2)
+    with pytest.raises(ValueError, match=r"adjoint.*num_unrolled_steps.*not both"):
+        model(ids, adjoint=Phantom(), num_unrolled_steps=2)
 
 
 @pytest.mark.parametrize(
