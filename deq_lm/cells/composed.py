@@ -39,7 +39,7 @@ class ComposedCell(Cell):
             return None
         assert isinstance(f.evaluate, _Chain)
         with torch.no_grad(), f.autocast.enter():
-            inputs = [z, *f.evaluate.images(z, f.tensors)[:-1]]
+            inputs = [z, *f.evaluate.images(z, f.tensors, last=len(self.blocks) - 1)]
         return Memory.extend(memory, torch.cat(inputs, dim=-1), x, self.mem_len)
 
     def _cells(self) -> list[Cell]:
@@ -53,12 +53,12 @@ class _Chain:
     blocks: Sequence[BoundCell]
 
     def __call__(self, z: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-        return self.images(z, tensors)[-1]
+        return self.images(z, tensors, last=len(self.blocks))[-1]
 
-    def images(self, z: Tensor, tensors: Mapping[str, Tensor]) -> list[Tensor]:
-        """What each block gives to the next."""
+    def images(self, z: Tensor, tensors: Mapping[str, Tensor], *, last: int) -> list[Tensor]:
+        """What each of the first `last` blocks gives to the next."""
         images = []
-        for i, f in enumerate(self.blocks):
+        for i, f in enumerate(self.blocks[:last]):
             z = f.evaluate(z, {name: tensors[f"{i}.{name}"] for name in f.tensors})
             images.append(z)
         return images

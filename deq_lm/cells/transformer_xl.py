@@ -85,6 +85,10 @@ class TransformerXLConfig(CellConfig):
     def injects_into_attention(self) -> bool:
         return self.injection in ("attention", "both")
 
+    @property
+    def injects_into_residual(self) -> bool:
+        return self.injection in ("residual", "both")
+
 
 class TransformerXLCell(Cell):
     """f(z) for injected input x: queries, keys and values are W z + W_x x, and the score of key j for query i is
@@ -170,7 +174,7 @@ class TransformerXLCell(Cell):
             tensors |= {"vector_norm": self.vector_norm.weight, "vector_norm_bias": self.vector_norm.bias}
         if inject is not None:
             tensors["injection"] = F.linear(x, inject)  # (B, L, 3 D)
-        if self.config.injection in ("residual", "both"):
+        if self.config.injects_into_residual:
             tensors["input"] = x
         if memory is not None:
             z = memory.z

@@ -11,7 +11,7 @@ from deq_lm.errors import DataError
 from deq_lm.evaluation.results import EvaluationResult
 from deq_lm.modeling import DEQLMConfig, ParameterCount, count_parameters
 
-# 97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom; beyond them 1.96 is within 5 %
+# 97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom; for more the last is used, a little too wide
 _STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
@@ -151,5 +151,5 @@ def _interval(values: Sequence[float]) -> float | None:
     """Half width of the 95 % interval of the mean."""
     if len(values) < 2:
         return None
-    t = _STUDENT_T[len(values) - 2] if len(values) - 2 < len(_STUDENT_T) else 1.96
+    t = _STUDENT_T[min(len(values) - 1, len(_STUDENT_T)) - 1]
     return t * statistics.stdev(values) / len(values) ** 0.5

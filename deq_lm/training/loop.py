@@ -185,7 +185,7 @@ def train_step(
     that of the Jacobian's estimate, a mean over the segments regularized or not.
 
     The host waits for the device once, for all numbers together; besides, the solves, forward and backward, ask every
-    `stopping.check_every` steps whether they are done.
+    `stopping.check_every` steps whether they are done, and an adaptive softmax once a segment where its targets lie.
     """
     settings, progress, interval = recipe.training, state.progress, state.interval
     start = time.perf_counter()
@@ -201,11 +201,11 @@ def train_step(
     # Streams are equally long and without padding, so every process has as many targets as this one.
     num_targets = accelerator.num_processes * sum(segment.targets.numel() for segment in segments)
 
+    probability = settings.jacobian.probability if settings.jacobian is not None and plan.jacobian_weight else 0.0
     nll_nats = torch.zeros((), device=accelerator.device)
     measured: dict[str, list[Tensor]] = {}
     for i, segment in enumerate(segments):
         # between segments nothing is exchanged; the last backward pass averages the gradient over the processes
-        probability = settings.jacobian.probability if settings.jacobian is not None and plan.jacobian_weight else 0.0
         regularize = probability > 0 and random.random() < probability  # noqa: S311
         with nullcontext() if i == len(segments) - 1 else accelerator.no_sync(model):
             output = model(

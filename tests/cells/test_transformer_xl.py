@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from deq_lm.cells import Memory, TransformerXLCell, TransformerXLConfig
-from deq_lm.cells.relative_position import by_key, sinusoids
 
 BATCH, LENGTH, PAST, WIDTH, HEADS = 2, 5, 3, 8, 2
 
@@ -319,36 +318,6 @@ def test_memory_keeps_the_last_positions_without_gradient():
     assert torch.equal(second.z, torch.cat([z[:, -2:], z[:, :1]], 1))
     assert not second.z.requires_grad
     assert second.length == PAST
-
-
-@pytest.mark.parametrize("max_length", [2, 4, 7, 20])
-def test_memory_marks_padding_where_it_was(max_length: int):
-    num_pads = (0, 2)
-    masks = [torch.arange(4).expand(BATCH, 4) >= torch.tensor(num_pads)[:, None], None, torch.rand(BATCH, 3) > 0.5]
-    memory, everything = None, []
-    for mask, length in zip(masks, (4, 1, 3), strict=True):
-        memory = Memory.extend(memory, states(length, 1), states(length, 2), max_length)
-        if mask is not None:
-            memory = memory.mark_padding(mask)
-        everything.append(torch.ones(BATCH, length, dtype=torch.bool) if mask is None else mask)
-    assert memory is not None
-    assert torch.equal(memory.mask, torch.cat(everything, 1)[:, -max_length:])
-    assert memory.mask.shape == memory.z.shape[:2]
-
-
-def test_scores_by_distance_are_read_as_scores_by_key():
-    length, num_keys = 3, 5
-    distance_of_column = torch.arange(num_keys, -1, -1).sub(1).float().expand(length, num_keys + 1)
-    found = by_key(distance_of_column)
-    for i in range(length):
-        for j in range(i + num_keys - length + 1):
-            assert found[i, j] == i + num_keys - length - j
-
-
-def test_sinusoids_are_exact_in_low_precision_too():
-    exact = sinusoids(300, 16, torch.zeros((), dtype=torch.float64))
-    half = sinusoids(300, 16, torch.zeros((), dtype=torch.bfloat16))
-    torch.testing.assert_close(half.double(), exact, rtol=0, atol=4e-3)
 
 
 @pytest.mark.parametrize(

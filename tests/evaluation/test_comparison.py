@@ -49,6 +49,14 @@ def test_seeds_of_a_recipe_are_one_row_with_students_interval(measured: Evaluati
     assert row.parameters.total == row.parameters.embedding + row.parameters.other > 0
 
 
+def test_the_interval_of_many_seeds_is_never_too_narrow(measured: EvaluationResult):
+    losses = [2.0 + 0.1 * (i % 2) for i in range(14)]
+    (row,) = compare([like(measured, name="a", nats_per_token=loss, seed=i) for i, loss in enumerate(losses)])
+    deviation = math.sqrt(14 * 0.05**2 / 13)
+    assert row.interval is not None
+    assert 2.160 <= row.interval / (deviation / math.sqrt(14)) < 2.3  # Student's t of 13 degrees of freedom
+
+
 def test_the_lowest_is_first_and_marked_only_if_the_intervals_are_apart(measured: EvaluationResult):
     def marks(**losses: list[float]) -> list[str]:
         results = [
