@@ -2,40 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import re
 
 import pytest
 import torch
-from missing_weights import reload_without
+from tiny_model import VOCABULARY, make
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from deq_lm import DEQLMConfig, DEQLMForCausalLM
 from deq_lm.adjoints import Adjoint, Phantom, Reversed, Unrolled
-from deq_lm.cells import Memory, TransformerXLCell
+from deq_lm.cells import Memory
 from deq_lm.errors import ConfigError, UnusedSettingWarning
 from deq_lm.modeling import build_config
 from deq_lm.solvers import Outcome, StoppingRule
-
-VOCABULARY = 23
-TIGHT = {"max_steps": 200, "rtol": 1e-12, "patience": 30}
-
-
-def make(
-    *, seed: int = 0, dtype: torch.dtype = torch.float64, cell: dict | None = None, **settings
-) -> DEQLMForCausalLM:
-    torch.manual_seed(seed)
-    width = {"name": "transformer_xl", "d_model": 16, "num_heads": 2, "d_inner": 24, "mem_len": 6, "init_std": 0.3}
-    settings = {"stopping": TIGHT, "adjoint": {"name": "implicit", "stopping": TIGHT}, **settings}
-    config = DEQLMConfig(vocab_size=VOCABULARY, cell={**width, **(cell or {})}, eos_token_id=0, **settings)
-    model = DEQLMForCausalLM(config).to(dtype).eval()
-    with (
-        torch.no_grad()
-    ):  # strong injection and weak feedback: a contraction, with one equilibrium that all solvers find
-        for name, parameter in model.named_parameters():
-            parameter *= 4.0 if "inject" in name else 0.25 if "qkv" in name else 1.0
-    return model
 
 
 def unroll(model: DEQLMForCausalLM, num_layers: int) -> DEQLMForCausalLM:
@@ -44,11 +24,6 @@ def unroll(model: DEQLMForCausalLM, num_layers: int) -> DEQLMForCausalLM:
     twin = DEQLMForCausalLM(config).to(model.dtype).eval()
     twin.load_state_dict(model.state_dict())
     return twin
-
-
-@pytest.fixture
-def ids() -> Tensor:
-    return torch.randint(VOCABULARY, (3, 12), generator=torch.Generator().manual_seed(1))
 
 
 def test_implicit_gradient_equals_the_deeply_unrolled_one_for_every_parameter(ids: Tensor):
@@ -189,33 +164,6 @@ def test_labels_are_shifted_inside_and_targets_are_not(ids: Tensor):
     assert by_labels.num_targets == by_targets.num_targets == 33
 
 
-def test_a_checkpoint_round_trip_keeps_every_logit_and_the_tie(ids: Tensor, tmp_path):
-    model = make(cell={"weight_norm": True})
-    model.save_pretrained(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} >= {"config.json", "model.safetensors"}
-    assert not list(tmp_path.glob("*.bin"))
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
-    assert type(loaded) is DEQLMForCausalLM
-    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
-    with torch.no_grad():
-        assert torch.equal(loaded.eval()(ids).last_hidden_state, model(ids).last_hidden_state)
-
-
-def test_config_json_holds_every_value_in_force(tmp_path):
-    make(solver={"name": "anderson"}).config.save_pretrained(tmp_path)
-    saved = json.loads((tmp_path / "config.json").read_text())
-    assert saved["solver"] == {
-        "name": "anderson",
-        "history_size": 6,
-        "relaxation": 1.0,
-        "scope": "prefix",
-        "restart_growth": 1.0,
-        "half_precision_history": False,
-    }
-    assert saved["adjoint"]["solver"]["name"] == "broyden"
-    assert DEQLMConfig.from_pretrained(tmp_path).solver == saved["solver"]
-
-
 def test_the_evaluation_follows_the_stopping_rule_unless_it_has_its_own(ids: Tensor, tmp_path):
     fixed = {"rtol": 0.0, "patience": None, "divergence_factor": None}
     make(stopping={**fixed, "max_steps": 5}).save_pretrained(tmp_path / "none")
@@ -262,37 +210,6 @@ def test_unrolling_the_picard_iteration_gives_the_gradient_of_its_steps(ids: Ten
     ]
     for found, expected in zip(*gradients, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.parametrize("weight_norm", [False, True])
-@pytest.mark.parametrize("missing", ["output_norm.bias", "content_bias", "expand.bias", "inject"])
-def test_weights_missing_from_a_checkpoint_are_drawn_and_all_others_loaded(tmp_path, missing: str, weight_norm: bool):
-    model = make(dtype=torch.float32, cell={"weight_norm": weight_norm})
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.01  # biases and gains are not what they start as
-    loaded, _ = reload_without(model, missing, tmp_path)
-    assert all(parameter.isfinite().all() for parameter in loaded.parameters())
-
-
-def test_a_model_made_without_storage_is_drawn_when_it_has_some():
-    torch.manual_seed(0)
-    config = make().config
-    with torch.device("meta"):
-        model = DEQLMForCausalLM(config)
-    model.to_empty(device="cpu")
-    for parameter in model.parameters():
-        torch.nn.init.constant_(parameter, float("nan"))
-    model.init_weights()
-    assert all(parameter.isfinite().all() for parameter in model.parameters())
-    assert model.model.layers.cell.qkv.weight.std().item() == pytest.approx(0.3, rel=0.1)
-
-
-def test_a_constructor_draws_the_cell_once(monkeypatch):
-    calls = []
-    monkeypatch.setattr(TransformerXLCell, "reset_parameters", lambda self: calls.append(self))
-    make()
-    assert len(calls) == 1
 
 
 def test_greedy_generation_takes_the_most_likely_token(ids: Tensor):

@@ -48,7 +48,7 @@ Those tests that are in this file try the faulty design as well, in a few lines,
     tests/solvers/test_peer_faults.py::test_a_stated_spread_reaches_a_weight_that_is_normalized
     tests/solvers/test_peer_faults.py::test_tied_weights_stay_tied_when_the_model_is_converted
     tests/cells/test_transformer_xl.py::test_initial_weights_have_the_stated_spread_also_under_weight_norm
-    tests/modeling/test_model.py::test_a_checkpoint_round_trip_keeps_every_logit_and_the_tie
+    tests/modeling/test_saving.py::test_a_checkpoint_round_trip_keeps_every_logit_and_the_tie
 10. Dropout of whole tokens; queries computed for memory, and its keys and values in every evaluation.
     tests/solvers/test_peer_faults.py::test_dropout_takes_features_at_all_positions_and_no_token_whole
     tests/solvers/test_peer_faults.py::test_memory_is_projected_once_a_solve_and_has_no_queries
