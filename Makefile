@@ -5,8 +5,10 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.installed
 RUN    := runs/demo_cpu_$(shell date +%Y%m%d_%H%M%S)
 
+COMPARED := eval/results/compare_wikipedia eval/results/peak_memory_published.json
+
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint clean
+.PHONY: help demo report test test-slow lint clean
 
 help:            ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -20,6 +22,9 @@ demo: $(READY)   ## train, evaluate and audit a small DEQ language model on buil
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 	    --num_cpu_threads_per_process $(shell getconf _NPROCESSORS_ONLN) \
 	    scripts/train_lm.py recipes/demo_cpu.yaml training.output_dir=$(RUN)
+
+report: $(READY) ## the page of eval/report, from the committed results
+	$(BIN)/python eval/report.py $(COMPARED) --output eval/report --title "Equilibrium and rivals on 21 million words"
 
 test: $(READY) lint   ## the default test suite (2 cores: under 5 minutes)
 	$(BIN)/python -m pytest -n 2

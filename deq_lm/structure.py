@@ -7,11 +7,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import PurePath
 from typing import Any, Literal, TypeVar, Union
@@ -71,6 +72,16 @@ def to_mapping(instance: Any) -> dict[str, Any]:
     """The plain data that `build` makes `instance` from: dicts, lists, text, numbers, None."""
     names = [field.name for field in dataclasses.fields(instance) if field.init]
     return {name: _plain(getattr(instance, name)) for name in names}
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], allowed: Sequence[str] = ()) -> list[str]:
+    """Where nested settings differ, in words; those under `allowed` dotted names may."""
+    there, here = _flat(old), _flat(new)
+    return [
+        f"{name}: {json.dumps(there.get(name))} there, {json.dumps(here.get(name))} here"
+        for name in sorted({*there, *here})
+        if there.get(name) != here.get(name) and not any(f"{name}.".startswith(f"{place}.") for place in allowed)
+    ]
 
 
 def nearest(given: str, allowed: typing.Iterable[str]) -> str:
@@ -203,3 +214,14 @@ def _show(value: Any) -> str:
     names = {str: "the text", bool: "the truth value", int: "the number", float: "the number"}
     kind = names.get(type(value))
     return "nothing (null)" if value is None else f"{kind} {value!r}" if kind else repr(value)
+
+
+def _flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as one mapping from dotted names to values."""
+    flat = {}
+    for key, value in mapping.items():
+        if isinstance(value, Mapping) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -1,47 +1,51 @@
 #!/usr/bin/env python3
-"""Compare measured models: one table of their parameters, losses and solves, as Markdown and, if asked, JSON."""
+"""Make a report of measured models: a page of HTML, the same in Markdown, plots and tables."""
 
 import argparse
 import sys
 from pathlib import Path
 
 EPILOG = """examples:
-  python eval/report.py runs/demo_cpu runs/demo_cpu_unrolled runs/demo_cpu_untied
-  python eval/report.py runs/*/final/evaluation.json --output eval/results/rivals_demo_cpu.json
+  python eval/report.py results/compare
+  python eval/report.py runs/demo_cpu runs/demo_cpu_unrolled runs/demo_cpu_untied --output reports/demo
+  python eval/report.py eval/results/compare_wikipedia --output eval/report --title "Equilibrium and rivals"
 
-A result is a file that eval/run.py or the end of a training run wrote, or the folder of the run. Those of one recipe with
-different seeds become one row, with the 95 % interval of their mean; the lowest loss is marked only if the intervals say
-so. Results that were not measured alike are refused.
+A result is a file or a folder that eval/run.py wrote, or the folder of a finished run. Runs of one model with different
+seeds become one row, with the 95 % interval of their mean; the lowest loss is marked only if the intervals say so. What was
+not measured is left out, and named. Losses that were not measured alike are refused. The table of losses is printed, too.
 
 exit codes: 0 done; 2 a mistake in the call, or results that cannot be read or compared.
 """
+PUBLISHED = Path(__file__).resolve().parent / "reference" / "published.yaml"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="eval/report.py", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("results", nargs="+", type=Path, metavar="result", help="a result file or a run folder")
-    parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser.add_argument(
+        "results", nargs="+", type=Path, metavar="result", help="a result file, a folder of them, or a run"
+    )
+    parser.add_argument("--output", type=Path, help="folder to write index.html, report.md, tables.json and plots to")
+    parser.add_argument("--title", default="Deep equilibrium language models", help="of the page")
     arguments = parser.parse_args()
 
     # torch and transformers take seconds to import, which --help and a mistyped option need not wait for
     from deq_lm.errors import ConfigError, DataError
-    from deq_lm.evaluation import compare, comparison_table, read_result
-    from deq_lm.evaluation.tables import markdown_table, write_json
+    from deq_lm.evaluation.tables import markdown_table
 
     try:
-        files = [path / "final" / "evaluation.json" if path.is_dir() else path for path in arguments.results]
-        results = [read_result(path) for path in files]
-        table = comparison_table(compare(results))
-        split = f"{results[0].split} split"
-        print(markdown_table(table))
+        from deq_lm.reporting import headline_rows, read_measurements, read_published, write_report
+    except ModuleNotFoundError as error:
+        print(f"eval/report.py: {error}. Install what it draws with: pip install -e '.[report]'", file=sys.stderr)
+        return 2
+    try:
+        measurements = read_measurements(arguments.results)
+        for text, results in measurements.texts().items():
+            print(f"{text}\n\n{markdown_table(headline_rows(measurements, results))}\n")
         if arguments.output is not None:
-            sources = [
-                {"location": r.location, "seed": r.seed, "created": r.created, "commit": r.environment["commit"]}
-                for r in results
-            ]
-            write_json(arguments.output, {"sources": sources, "tables": {split: table}})
+            write_report(measurements, read_published(PUBLISHED), arguments.output, title=arguments.title)
+            print(f"written: {arguments.output / 'index.html'}")
     except (ConfigError, DataError) as error:
         print(f"eval/report.py: {error}", file=sys.stderr)
         return 2

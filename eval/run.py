@@ -1,23 +1,25 @@
 #!/usr/bin/env python3
-"""Measure a trained model: perplexity beside n-gram models, causality, solves, memory, a sample."""
+"""Run a suite: train what is missing, and measure several models alike: perplexity, memory, cost, convergence."""
 
 import argparse
-import json
 import logging
 import sys
 from pathlib import Path
 
-EPILOG = """examples:
-  python eval/run.py runs/demo_cpu
-  python eval/run.py runs/demo_cpu/checkpoints/step_00000600 --split valid
-  python eval/run.py runs/demo_cpu --corpus text --data-dir my_texts --output my_texts.json
-  python eval/run.py runs/demo_cpu evaluation.segment_length=128 evaluation.causality_cuts=25
+SUITES = Path(__file__).resolve().parent / "suites"
+EPILOG = f"""suites in eval/suites: {", ".join(sorted(path.stem for path in SUITES.glob("*.yaml")))}
 
-Text and protocol are those of the run's recipe.yaml, looked for in the checkpoint's folder and the two above it; settings
-of its sections data and evaluation can be replaced. The tokenizer is always the checkpoint's. The n-gram models are fitted
-to the training split of the same corpus. Start it with `accelerate launch` to share the scoring among processes.
+examples:
+  python eval/run.py peak_memory
+  python eval/run.py perplexity --models runs/demo_cpu runs/demo_cpu_untied
+  python eval/run.py compare --seeds 0 --output results/quick training.max_steps=300
+  python eval/run.py compare --models equilibrium unrolled
+  python eval/run.py perplexity --models wide=runs/mine data.corpus=text data.data_dir=FOLDER
 
-exit codes: 0 done; 2 a mistake in the call, the checkpoint, the recipe or the data.
+Each measurement is a JSON file in the output folder, of which eval/report.py makes a report. A model of a recipe is trained
+if the suite says so, one process a run; a finished run is not trained again, an interrupted one goes on.
+
+exit codes: 0 done; 2 a mistake in the call, a suite, a recipe, a run or the text.
 """
 
 
@@ -25,108 +27,54 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="eval/run.py", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("checkpoint", type=Path, help="a run folder, its final/ or one of its checkpoints/")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings to replace in the recipe")
-    parser.add_argument("--recipe", type=Path, help="a recipe to take instead of the run's")
-    parser.add_argument("--corpus", help="another corpus, for data.corpus; data.data_dir is then --data-dir or none")
-    parser.add_argument("--data-dir", help="where the corpus is, for data.data_dir")
-    parser.add_argument("--split", choices=("train", "valid", "test"), default="test", help="default: test")
+    parser.add_argument("suite", help="one of eval/suites, or a YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings to replace in all recipes")
     parser.add_argument(
-        "--output",
-        type=Path,
-        help="JSON file to write; default: with the checkpoint, evaluation.json, or evaluation_CORPUS_SPLIT.json where "
-        "another split or setting was given",
+        "--models",
+        nargs="+",
+        default=[],
+        metavar="MODEL",
+        help="some of the suite's, by name; or recipes or run folders in place of them, as PATH or NAME=PATH",
     )
+    parser.add_argument("--seeds", nargs="+", type=int, default=[], help="instead of the suite's")
+    parser.add_argument("--train", action="store_true", help="train missing models, also where the suite does not")
+    parser.add_argument("--runs", type=Path, help="where runs are looked for and trained; default: runs/SUITE")
+    parser.add_argument("--output", type=Path, help="folder to write to; default: results/SUITE")
     arguments = parser.parse_intermixed_args()
     logging.basicConfig(level=logging.WARNING, format="eval/run.py: %(message)s")
 
     # torch and transformers take seconds to import, which --help and a mistyped option need not wait for
-    from deq_lm.errors import CheckpointError, ConfigError, DataError
+    from dataclasses import replace
 
+    from deq_lm.errors import CheckpointError, ConfigError, DataError
+    from deq_lm.suites import load_suite, run_suite, subjects_of
+
+    path = Path(arguments.suite)
     try:
-        measure(arguments)
+        suite = load_suite(path if path.suffix == ".yaml" else SUITES / f"{path}.yaml")
+        # `eval/run.py compare --models a b training.max_steps=9`: the last one is no model
+        models = [text for text in arguments.models if not _is_override(text)]
+        overrides = [*arguments.overrides, *(text for text in arguments.models if _is_override(text))]
+        subjects = subjects_of(
+            suite,
+            models=models,
+            seeds=arguments.seeds,
+            overrides=overrides,
+            runs=arguments.runs or Path("runs") / suite.name,
+        )
+        suite = replace(suite, train=suite.train or arguments.train)
+        run_suite(suite, subjects, arguments.output or Path("results") / suite.name)
     except (CheckpointError, ConfigError, DataError) as error:
         print(f"eval/run.py: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def measure(arguments: argparse.Namespace) -> None:
-    """Load, measure, write and print, in as many processes as the launcher has started."""
-    from dataclasses import replace
-
-    from accelerate import Accelerator
-
-    from deq_lm.data.encoding import PREPARED, prepare
-    from deq_lm.errors import CheckpointError, DataError
-    from deq_lm.evaluation import evaluate, render, write_result
-    from deq_lm.evaluation.loading import load_model, model_folder
-    from deq_lm.structure import to_mapping
-    from deq_lm.training import load_recipe
-    from deq_lm.training.checkpoint import MANIFEST, damage
-
-    folder = model_folder(arguments.checkpoint)
-    sealed = (folder / MANIFEST).exists()
-    if sealed and (problem := damage(folder)) is not None:
-        raise CheckpointError(f"{problem}. Measure another checkpoint.")
-    overrides = data_overrides(arguments) + arguments.overrides
-    recipe = load_recipe(arguments.recipe or recipe_file(folder), overrides)
-    is_plain = not overrides and arguments.recipe is None and arguments.split == "test"
-    name = "evaluation" if is_plain else f"evaluation_{recipe.data.corpus}_{arguments.split}"
-    # A sealed folder takes no more files: the next one to resume from it would take it for damaged.
-    beside = folder.with_name(f"{folder.name}.{name}.json") if sealed else folder / f"{name}.json"
-    output = arguments.output or beside
-    if not output.parent.is_dir():
-        raise DataError(f"{output.parent}: no such folder. Give an --output in one that exists.")
-
-    accelerator = Accelerator()
-    model, tokenizer = load_model(folder)
-    data = recipe.data
-    if data.corpus != PREPARED:  # which has its tokenizer, and is checked below
-        data = replace(data, tokenizer=str(folder), vocab_size=None)
-    with accelerator.main_process_first():
-        corpus = prepare(data)
-    if corpus.tokenizer.get_vocab() != tokenizer.get_vocab():
-        raise CheckpointError(
-            f"{folder}: its tokenizer is not the one {data.data_dir} was prepared with. Prepare the text with "
-            f"--tokenizer {folder}."
-        )
-    result = evaluate(
-        model.to(accelerator.device),
-        corpus,
-        recipe.evaluation,
-        split=arguments.split,
-        seed=recipe.seed,
-        location=str(folder),
-        recipe=to_mapping(replace(recipe, data=data)),
-        accelerator=accelerator,
-    )
-    if result is not None:  # on the main process
-        write_result(output, result)
-        print(f"{render(result)}\n\nwritten to {output}")
-
-
-def data_overrides(arguments: argparse.Namespace) -> list[str]:
-    """--corpus and --data-dir as overrides of the recipe."""
-    data_dir = None if arguments.data_dir is None else f"data.data_dir={json.dumps(arguments.data_dir)}"
-    if arguments.corpus is not None:
-        return [f"data.corpus={json.dumps(arguments.corpus)}", data_dir or "data.data_dir=null"]
-    return [data_dir] if data_dir else []
-
-
-def recipe_file(folder: Path) -> Path:
-    """The recipe.yaml of the run that a model folder belongs to."""
-    from deq_lm.errors import CheckpointError
-
-    for place in (folder, *folder.resolve().parents[:2]):
-        if (place / "recipe.yaml").is_file():
-            return place / "recipe.yaml"
-    raise CheckpointError(
-        f"{folder}: no recipe.yaml there or in the two folders above, to say on what text to measure and how. Give one, "
-        "for example --recipe recipes/demo_cpu.yaml."
-    )
+def _is_override(text: str) -> bool:
+    """Whether it is section.key=value and not NAME=PATH."""
+    name, equals, _ = text.partition("=")
+    return bool(equals) and name.partition(".")[0] in ("name", "seed", "data", "model", "training", "evaluation")
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
     sys.exit(main())

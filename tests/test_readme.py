@@ -51,12 +51,12 @@ def test_the_layers_it_draws_are_those_that_are_checked():
 
 
 def test_the_demo_table_is_the_committed_result():
+    from deq_lm.evaluation import EvaluationResult, read_record
     from deq_lm.evaluation.report import render
-    from deq_lm.evaluation.results import read_result
 
     place = re.search(r"<!-- demo: (\S+) -->\n\n```text\n(.*?)\n```", README, flags=re.DOTALL)
     assert place is not None
-    result = read_result(ROOT / place[1])
+    result = read_record(ROOT / place[1], EvaluationResult)
     assert place[2] == render(result)
     loses = result.perplexity.nats_per_token > result.bigram.nats_per_token
     assert loses == ("the model loses to\nthe bigram" in README)

@@ -1,12 +1,13 @@
 """Measure a trained model: perplexity, causality, memory; the number in the log and the number in the report are one."""
 
 from deq_lm.evaluation.causality import CausalityAudit, audit_causality
-from deq_lm.evaluation.comparison import Compared, compare, comparison_table
+from deq_lm.evaluation.comparison import Compared, compare, is_best_by_evidence, model_name
 from deq_lm.evaluation.config import EvaluationConfig
 from deq_lm.evaluation.evaluate import evaluate
 from deq_lm.evaluation.perplexity import Perplexity, PerplexityResult, evaluate_perplexity
+from deq_lm.evaluation.records import read_record, write_record
 from deq_lm.evaluation.report import render
-from deq_lm.evaluation.results import EvaluationResult, read_result, write_result
+from deq_lm.evaluation.results import EvaluationResult
 
 __all__ = [
     "CausalityAudit",
@@ -17,10 +18,11 @@ __all__ = [
     "PerplexityResult",
     "audit_causality",
     "compare",
-    "comparison_table",
     "evaluate",
     "evaluate_perplexity",
-    "read_result",
+    "is_best_by_evidence",
+    "model_name",
+    "read_record",
     "render",
-    "write_result",
+    "write_record",
 ]

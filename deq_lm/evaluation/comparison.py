@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -45,6 +46,11 @@ class Compared:
     share_converged: float | None
     is_causal: bool
 
+    @property
+    def word_perplexity(self) -> float | None:
+        """exp of the mean nats per word."""
+        return None if self.nats_per_word is None or self.nats_per_word > 700 else math.exp(self.nats_per_word)
+
 
 def compare(results: Sequence[EvaluationResult]) -> list[Compared]:
     """A row for each recipe, the lowest loss first.
@@ -57,39 +63,29 @@ def compare(results: Sequence[EvaluationResult]) -> list[Compared]:
         for what, value in _protocol(result).items():
             if value != first[what]:
                 raise DataError(
-                    f"{_name(result)} and {_name(results[0])} cannot be compared: {what} {value} and {first[what]}. "
-                    "Measure both alike, with eval/run.py and the same data and evaluation settings."
+                    f"{model_name(result)} and {model_name(results[0])} cannot be compared: {what} {value} and "
+                    f"{first[what]}. Measure both alike, with eval/evaluate.py and the same data and evaluation settings."
                 )
-    names = dict.fromkeys(map(_name, results))
-    rows = [_row(name, [result for result in results if _name(result) == name]) for name in names]
+    names = dict.fromkeys(map(model_name, results))
+    rows = [_row(name, [result for result in results if model_name(result) == name]) for name in names]
     return sorted(rows, key=lambda row: row.nats_per_token)
 
 
-def comparison_table(rows: Sequence[Compared]) -> list[dict[str, Any]]:
-    """Rows for print: the mark * is at the lowest loss if no other interval reaches into its own."""
+def is_best_by_evidence(rows: Sequence[Compared]) -> bool:
+    """Whether the first of `compare`'s rows has the lowest loss beyond doubt: its interval and all others are apart."""
     best, *others = rows
-    wins = all(best.nats_per_token + (best.interval or 0) < row.nats_per_token - (row.interval or 0) for row in others)
-    marked = wins and all(row.interval is not None for row in rows)
-    return [
-        {
-            "model": row.name + (" *" if marked and row is best else ""),
-            "depth": row.depth,
-            "parameters": f"{row.parameters.total:,}",
-            "outside embedding": f"{row.parameters.other:,}",
-            "tokens trained on": None if row.training_tokens is None else f"{row.training_tokens:,}",
-            "runs": row.num_seeds,
-            "nats per token": f"{row.nats_per_token:.3f}" + ("" if row.interval is None else f" +- {row.interval:.3f}"),
-            "nats per word": None if row.nats_per_word is None else f"{row.nats_per_word:.3f}",
-            "bits per byte": None if row.bits_per_byte is None else f"{row.bits_per_byte:.3f}",
-            "evaluations": None if row.evaluations is None else f"{row.evaluations:.1f}",
-            "converged": None if row.share_converged is None else f"{100 * row.share_converged:.1f} %",
-            "causal": "yes" if row.is_causal else "NO",
-        }
-        for row in rows
-    ]
+    if not others or any(row.interval is None for row in rows):
+        return False
+    return all(best.nats_per_token + (best.interval or 0) < row.nats_per_token - (row.interval or 0) for row in others)
 
 
-def _name(result: EvaluationResult) -> str:
+def modelmodel_name(result: EvaluationResult) -> str:
+    """What a result's model is called in comparisons."""
+    return result.recipe["name"] if result.recipe is not None else str(result.location)
+
+
+def model_name(result: EvaluationResult) -> str:
+    """What a result's model is called in comparisons."""
     return result.recipe["name"] if result.recipe is not None else str(result.location)
 
 

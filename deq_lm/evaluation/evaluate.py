@@ -1,11 +1,10 @@
-"""evaluate(): all that is measured of a model, in order; the end of a training run and eval/run.py both call it."""
+"""evaluate(): all that is measured of a model, in order; the end of a training run and eval/evaluate.py both call it."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from dataclasses import replace
-from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,8 @@ from deq_lm.evaluation.ngram import Bigram, Unigram
 from deq_lm.evaluation.no_op import check_no_op
 from deq_lm.evaluation.peak_memory import MemoryRow, memory_against_depth
 from deq_lm.evaluation.perplexity import evaluate_perplexity
-from deq_lm.evaluation.results import SCHEMA_VERSION, EvaluationResult, environment
+from deq_lm.evaluation.records import provenance
+from deq_lm.evaluation.results import EvaluationResult
 from deq_lm.evaluation.sample import sample_text
 from deq_lm.modeling import DEQLMForCausalLM
 
@@ -71,8 +71,7 @@ def evaluate(
         is_equilibrium = model.config.depth == "equilibrium"
         memory, memory_shape = _memory(model, measured.tokens, config) if is_equilibrium else ((), None)
         return EvaluationResult(
-            schema_version=SCHEMA_VERSION,
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            **provenance(),
             location=location,
             split=split,
             data_fingerprint=corpus.fingerprint,
@@ -81,7 +80,6 @@ def evaluate(
             model=json.loads(model.config.to_json_string(use_diff=False)),
             recipe=recipe,
             evaluation=config,
-            environment=environment(),
             perplexity=result.perplexity,
             unigram=baselines["unigram"],
             bigram=baselines["bigram"],

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, UntypedStorage
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from deq_lm.cells.memory import Memory
+from deq_lm.evaluation.live_bytes import LiveBytes
 from deq_lm.evaluation.modes import device_of, measuring, seeded
 from deq_lm.modeling import DEQLMForCausalLM
 from deq_lm.solvers import StoppingRule
@@ -66,38 +64,10 @@ def peak_live_bytes(run: Callable[[], Any]) -> int:
 
     Tensors only: not what a kernel uses inside, nor what an allocator keeps in reserve.
     """
-    meter = _LiveBytes()
+    meter = LiveBytes()
     with meter:
         run()
     return meter.peak
-
-
-class _LiveBytes(TorchDispatchMode):
-    """Counts a storage from the operation that made it until it is freed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._seen: weakref.WeakSet[UntypedStorage] = weakref.WeakSet()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        self._seen.update(_storages((args, kwargs)))  # those of before `run`; a view of one is nothing new
-        result = func(*args, **kwargs)
-        for storage in _storages(result):
-            if storage not in self._seen:
-                self._seen.add(storage)
-                self.live += storage.nbytes()
-                weakref.finalize(storage, self._free, storage.nbytes())
-        self.peak = max(self.peak, self.live)
-        return result
-
-    def _free(self, num_bytes: int) -> None:
-        self.live -= num_bytes
-
-
-def _storages(tree: Any) -> list[UntypedStorage]:
-    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def memory_against_depth(

@@ -15,7 +15,7 @@ LABEL_WIDTH = 20
 
 
 def render(result: EvaluationResult) -> str:
-    """The table that ends a training run and that eval/run.py prints."""
+    """The table that ends a training run and that eval/evaluate.py prints."""
     sections = [
         _heading(result),
         _perplexities(result),

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from deq_lm.evaluation.results import environment
+from deq_lm.evaluation.records import provenance
 
 
 def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -29,6 +28,7 @@ def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write `content` with date, versions and machine."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    record = {"created": datetime.now(UTC).isoformat(timespec="seconds"), "environment": environment(), **content}
+    made = provenance()
+    record = {"created": made["created"], "environment": made["environment"], **content}
     path.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     print(f"\nwritten: {path}")

@@ -38,7 +38,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from deq_lm.cells.memory import Memory
 from deq_lm.data.streams import ContiguousStreams
 from deq_lm.errors import CheckpointError
-from deq_lm.structure import build, to_mapping
+from deq_lm.structure import build, differences, to_mapping
 from deq_lm.training.durable import begin_folder, publish_folder, remove_folder, write_text
 from deq_lm.training.tracking import Interval
 
@@ -306,29 +306,9 @@ def _refuse_differences(path: Path, saved: Identity, current: Identity) -> None:
             f"{path}: was written by {saved.num_processes} process(es), and this run has {current.num_processes}; "
             f"each owns some of the streams. Start {saved.num_processes}, or begin a new run."
         )
-    old, new = _flat(to_mapping(saved)), _flat(to_mapping(current))
-    differences = [
-        f"{name}: {json.dumps(old.get(name))} there, {json.dumps(new.get(name))} here"
-        for name in sorted({*old, *new})
-        if old.get(name) != new.get(name) and not _may_change(name)
-    ]
-    if differences:
+    found = differences(to_mapping(saved), to_mapping(current), MAY_CHANGE)
+    if found:
         raise CheckpointError(
-            f"{path}: belongs to another run ({'; '.join(differences)}); give the settings it was written with, "
+            f"{path}: belongs to another run ({'; '.join(found)}); give the settings it was written with, "
             "or begin a new run in another training.output_dir."
         )
-
-
-def _may_change(name: str) -> bool:
-    return any(name == allowed or name.startswith(f"{allowed}.") for allowed in MAY_CHANGE)
-
-
-def _flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections as one mapping from dotted names to values."""
-    flat = {}
-    for key, value in mapping.items():
-        if isinstance(value, Mapping) and value:
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

@@ -28,7 +28,7 @@ from transformers.utils.logging import disable_progress_bar
 from deq_lm.data.encoding import EncodedCorpus, prepare
 from deq_lm.data.streams import ContiguousStreams
 from deq_lm.errors import ConfigError, SolveError
-from deq_lm.evaluation import PerplexityResult, evaluate, evaluate_perplexity, render, write_result
+from deq_lm.evaluation import PerplexityResult, evaluate, evaluate_perplexity, render, write_record
 from deq_lm.modeling import DEQLMForCausalLM, build_config
 from deq_lm.modeling.builders import build_stopping
 from deq_lm.modeling.configuration_deq_lm import ModelSettings
@@ -358,7 +358,7 @@ def final_report(
         aside = begin_folder(run.final)
         model.save_pretrained(aside)
         corpus.tokenizer.save_pretrained(aside)
-        write_result(aside / "evaluation.json", result)
+        write_record(aside / "evaluation.json", result)
         publish_folder(aside, run.final)
         tracker.say(f"\n{render(result)}\n\nrun folder: {run.path}")
     accelerator.wait_for_everyone()

@@ -19,7 +19,7 @@ from deq_lm.adjoints import Implicit
 from deq_lm.data.encoding import DataConfig
 from deq_lm.errors import ConfigError, UnusedSettingWarning
 from deq_lm.evaluation import EvaluationConfig
-from deq_lm.modeling import build_config
+from deq_lm.modeling import DEQLMConfig, build_config
 from deq_lm.structure import build, to_mapping
 from deq_lm.training.optimizer import OptimizerConfig
 from deq_lm.training.phases import JacobianConfig, PhaseConfig, check_phases
@@ -166,9 +166,7 @@ class Recipe:
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed={self.seed}: expected a whole number from 0 to 2**32 - 1.")
-        config = build_config(
-            self.model, vocab_size=self.data.vocab_size or ANY_VOCAB_SIZE
-        )  # raises on a wrong section
+        config = self.model_config  # raises on a wrong section
         adjoints = check_phases(
             self.training.phases,
             num_steps=self.training.num_schedule_steps,
@@ -189,6 +187,11 @@ class Recipe:
                 f"training.unconverged_adjoint.residual={unconverged.residual}: expected at least the rtol of the "
                 f"adjoint's stopping rule, {max(tolerances)}, at which a solve has converged."
             )
+
+    @property
+    def model_config(self) -> DEQLMConfig:
+        """The model section with all defaults filled in; of a vocabulary that the text may yet change."""
+        return build_config(self.model, vocab_size=self.data.vocab_size or ANY_VOCAB_SIZE)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deq_lm.errors import CheckpointError
-from deq_lm.evaluation.results import environment
+from deq_lm.evaluation.records import environment
 from deq_lm.training.durable import write_text
 from deq_lm.training.recipe import Recipe, recipe_text
 

@@ -54,7 +54,7 @@ def main() -> int:
 
     import torch
 
-    from deq_lm.evaluation.results import environment
+    from deq_lm.evaluation.records import environment
 
     torch.set_num_threads(arguments.threads)
     rows = [

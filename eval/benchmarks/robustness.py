@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from deq_lm.evaluation.peak_memory import peak_live_bytes
-from deq_lm.evaluation.results import environment
+from deq_lm.evaluation.records import environment
 from deq_lm.evaluation.tables import markdown_table
 from deq_lm.regularizers import spectral_radius
 from deq_lm.solvers import Anderson, Broyden, FixedPointSolver, Outcome, Picard, StoppingRule, solve

@@ -17,15 +17,16 @@ from deq_lm.errors import DataError
 from deq_lm.evaluation import (
     CausalityAudit,
     EvaluationConfig,
+    EvaluationResult,
     Perplexity,
     evaluate,
     evaluate_perplexity,
-    read_result,
+    read_record,
     render,
-    write_result,
+    write_record,
 )
 from deq_lm.evaluation.ngram import Bigram, Unigram
-from deq_lm.evaluation.results import SCHEMA_VERSION
+from deq_lm.evaluation.records import SCHEMA_VERSION
 from deq_lm.evaluation.sample import Sample, printable, sample_text
 from deq_lm.modeling import DEQLMConfig, DEQLMForCausalLM
 
@@ -95,8 +96,8 @@ def test_the_record_says_on_what_and_with_what(result):
 
 def test_a_result_reads_back_equal_with_its_headline_beside_it(result, tmp_path):
     path = tmp_path / "evaluation.json"
-    write_result(path, result)
-    assert read_result(path) == result
+    write_record(path, result)
+    assert read_record(path, EvaluationResult) == result
     headline = json.loads(path.read_text("utf-8"))["headline"]
     assert headline["model"]["word_perplexity"] == result.perplexity.word_perplexity
     assert headline["is_causal"] is True
@@ -105,18 +106,18 @@ def test_a_result_reads_back_equal_with_its_headline_beside_it(result, tmp_path)
 @pytest.mark.parametrize("failing", ["fsync", "replace"])
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(result, tmp_path, monkeypatch, failing):
     path = tmp_path / "evaluation.json"
-    write_result(path, result)
+    write_record(path, result)
 
     def fail(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, failing, fail)
     with pytest.raises(DataError, match="No space left"):
-        write_result(path, dataclasses.replace(result, seed=4))
-    assert read_result(path).seed == 3
+        write_record(path, dataclasses.replace(result, seed=4))
+    assert read_record(path, EvaluationResult).seed == 3
     assert list(tmp_path.iterdir()) == [path]
     with pytest.raises(DataError, match="cannot be written"):
-        write_result(tmp_path / "absent" / "evaluation.json", result)
+        write_record(tmp_path / "absent" / "evaluation.json", result)
 
 
 @pytest.mark.parametrize(
@@ -128,21 +129,24 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(result, tmp_pat
             lambda text: text.replace(f'"schema_version": {SCHEMA_VERSION}', '"schema_version": 7'),
             "schema_version 7; this deq_lm reads",
         ),
-        (lambda text: text.replace('"num_cuts"', '"num_cut"'), "result.causality.num_cut: unknown key; did you mean"),
-        (lambda text: text.replace('"split": "test"', '"split": 5'), "result.split: expected text"),
+        (
+            lambda text: text.replace('"num_cuts"', '"num_cut"'),
+            "evaluation.causality.num_cut: unknown key; did you mean",
+        ),
+        (lambda text: text.replace('"split": "test"', '"split": 5'), "evaluation.split: expected text"),
     ],
 )
 def test_a_damaged_file_or_one_of_another_version_is_refused_in_one_line(result, tmp_path, damage, message):
     path = tmp_path / "evaluation.json"
-    write_result(path, result)
+    write_record(path, result)
     text = path.read_text("utf-8")
     path.write_text(damage(text), encoding="utf-8")
     assert path.read_text("utf-8") != text
     with pytest.raises(DataError, match=message) as caught:
-        read_result(path)
+        read_record(path, EvaluationResult)
     assert "\n" not in str(caught.value)
     with pytest.raises(DataError, match="no such file"):
-        read_result(tmp_path / "absent.json")
+        read_record(tmp_path / "absent.json", EvaluationResult)
 
 
 def test_an_unrolled_model_has_neither_a_solve_to_check_nor_a_memory_table(corpus):

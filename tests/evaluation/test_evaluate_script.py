@@ -1,4 +1,4 @@
-"""eval/run.py on the folder of a real, tiny run: what it prints and writes, and how it exits."""
+"""eval/evaluate.py on the folder of a real, tiny run: what it prints and writes, and how it exits."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import torch
 from tiny_run import make_recipe
 from transformers import GPT2Config
 
-from deq_lm.evaluation import read_result
+from deq_lm.evaluation import EvaluationResult, read_record
 from deq_lm.modeling import DEQLMConfig, DEQLMForCausalLM
 from deq_lm.training import train
 from deq_lm.training.checkpoint import damage
 
-SCRIPT = Path(__file__).resolve().parents[2] / "eval" / "run.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "eval" / "evaluate.py"
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +44,7 @@ def run(finished, tmp_path) -> Path:
 
 
 def call(monkeypatch, *arguments: str | Path) -> int:
-    monkeypatch.setattr(sys, "argv", ["run.py", *map(str, arguments)])
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
     with pytest.raises(SystemExit) as caught:
         runpy.run_path(str(SCRIPT), run_name="__main__")
     return caught.value.code
@@ -52,11 +52,11 @@ def call(monkeypatch, *arguments: str | Path) -> int:
 
 def test_it_finds_the_numbers_that_the_end_of_training_found(monkeypatch, run, capsys):
     written = run / "final" / "evaluation.json"
-    by_training = read_result(written)
+    by_training = read_record(written, EvaluationResult)
     written.unlink()
     for place in (run, run / "final"):
         assert call(monkeypatch, place) == 0
-        result = read_result(written)
+        result = read_record(written, EvaluationResult)
         assert result.perplexity == by_training.perplexity
         assert (result.unigram, result.bigram) == (by_training.unigram, by_training.bigram)
         assert (result.solves, result.causality, result.no_op) == (
@@ -74,8 +74,8 @@ def test_it_finds_the_numbers_that_the_end_of_training_found(monkeypatch, run, c
 def test_a_checkpoint_is_measured_without_breaking_its_seal(monkeypatch, run):
     checkpoint = run / "checkpoints" / "step_00000004"
     assert call(monkeypatch, checkpoint) == 0
-    assert read_result(checkpoint.with_name("step_00000004.evaluation.json")).perplexity == (
-        read_result(run / "final" / "evaluation.json").perplexity
+    assert read_record(checkpoint.with_name("step_00000004.evaluation.json"), EvaluationResult).perplexity == (
+        read_record(run / "final" / "evaluation.json", EvaluationResult).perplexity
     )
     assert damage(checkpoint) is None
 
@@ -83,16 +83,16 @@ def test_a_checkpoint_is_measured_without_breaking_its_seal(monkeypatch, run):
 def test_another_split_text_or_setting_is_measured_into_another_file(monkeypatch, run, tmp_path):
     before = (run / "final" / "evaluation.json").read_bytes()
     assert call(monkeypatch, run, "--split", "valid") == 0
-    assert read_result(run / "final" / "evaluation_text_valid.json").split == "valid"
+    assert read_record(run / "final" / "evaluation_text_valid.json", EvaluationResult).split == "valid"
     assert call(monkeypatch, run, "evaluation.segment_length=4") == 0
-    assert read_result(run / "final" / "evaluation_text_test.json").evaluation.segment_length == 4
+    assert read_record(run / "final" / "evaluation_text_test.json", EvaluationResult).evaluation.segment_length == 4
     texts = tmp_path / "texts"
     texts.mkdir()
     for split in ("train", "valid", "test"):
         (texts / f"{split}.txt").write_text("abc def gha bcd\n" * 20, encoding="utf-8")
     output = tmp_path / "other.json"
     assert call(monkeypatch, run, "--corpus", "text", "--data-dir", texts, "--output", output) == 0
-    other = read_result(output)
+    other = read_record(output, EvaluationResult)
     assert other.perplexity.num_words == 80
     assert other.recipe["data"]["data_dir"] == str(texts)
     assert (run / "final" / "evaluation.json").read_bytes() == before
@@ -173,7 +173,7 @@ def test_a_damaged_or_unfitting_checkpoint_is_one_line_and_exit_two(monkeypatch,
     capsys.readouterr()
     assert call(monkeypatch, place) == 2
     captured = capsys.readouterr()
-    assert captured.err.startswith("eval/run.py: ")
+    assert captured.err.startswith("eval/evaluate.py: ")
     assert captured.err.count("\n") == 1
     assert words in captured.err
     assert captured.out == ""
@@ -200,7 +200,7 @@ def test_a_mistake_in_the_call_is_one_line_and_exit_two(monkeypatch, finished, c
 def test_help_and_a_mistyped_option_do_not_wait_for_torch():
     code = (
         "import runpy, sys\n"
-        "sys.argv = ['run.py', '--help']\n"
+        "sys.argv = ['evaluate.py', '--help']\n"
         "try:\n"
         f"    runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
         "except SystemExit as end:\n"

@@ -1,0 +1,326 @@
+"""The sections of a report: their words, tables and plots, or what to run where something was not measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from deq_lm.evaluation import EvaluationResult, compare, is_best_by_evidence
+from deq_lm.evaluation.records import Record
+from deq_lm.reporting.measurements import Measurements
+from deq_lm.reporting.plots import PLOTS, own_memory
+from deq_lm.reporting.published import Published
+from deq_lm.suites import ConvergenceResult, CostResult, MemoryResult
+
+Row = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A title and rows of one set of columns."""
+
+    title: str
+    rows: Sequence[Row]
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A figure, the name of its file, and what it shows, in words."""
+
+    name: str
+    figure: Figure
+    caption: str
+
+
+@dataclass(frozen=True)
+class Section:
+    """Attributes:
+    title: its heading.
+    text: a paragraph each.
+    tables, plots: what it shows.
+    """
+
+    title: str
+    text: Sequence[str] = ()
+    tables: Sequence[Table] = ()
+    plots: Sequence[Plot] = ()
+
+
+def sections_of(measurements: Measurements, published: Published | None) -> list[Section]:
+    """All sections, in order.
+
+    Raises:
+        DataError: results of one text were not measured alike.
+    """
+    made = [
+        _headline(measurements),
+        _published(published),
+        _memory(measurements),
+        _learning(measurements),
+        _compute(measurements),
+        _convergence(measurements),
+        _cost(measurements),
+        _missing(measurements),
+        _provenance(measurements),
+    ]
+    return [section for section in made if section is not None]
+
+
+def headline_rows(measurements: Measurements, results: Sequence[EvaluationResult]) -> list[Row]:
+    """The table that says it all: a model a row, the lowest loss first."""
+    costs = {row.model: row for cost in measurements.of(CostResult) for row in cost.rows}
+    rivals = [cost.rows[0].model for cost in measurements.of(CostResult)][:1] or measurements.models()[:1]
+    base = {"memory": own_memory(measurements, rivals[0], results), "cost": costs.get(rivals[0])}
+    rows = []
+    compared = compare(results)
+    best = compared[0] if is_best_by_evidence(compared) else None
+    for row in compared:
+        cost, memory = costs.get(row.name), own_memory(measurements, row.name, results)
+        rows.append(
+            {
+                "model": row.name + (" *" if row is best else ""),
+                "parameters": f"{row.parameters.total:,}",
+                "outside embedding": f"{row.parameters.other:,}",
+                "runs": str(row.num_seeds),
+                "nats per word": _number(row.nats_per_word, ".3f"),
+                "perplexity per word": _number(row.word_perplexity, ",.1f"),
+                "nats per token": _number(row.nats_per_token, ".3f")
+                + ("" if row.interval is None else f" +- {row.interval:.3f}"),
+                "bits per byte": _number(row.bits_per_byte, ".3f"),
+                "evaluations": _number(row.evaluations, ".1f"),
+                "activations": _ratio(
+                    memory and memory.most_activations, base["memory"] and base["memory"].most_activations, 1e6, "MB"
+                ),
+                "training step": _ratio(
+                    cost and cost.training_seconds, base["cost"] and base["cost"].training_seconds, 1e-3, "ms"
+                ),
+                "MFLOP per training token": _number(cost and cost.training_flops / 1e6, ".1f"),
+                "causal": "yes" if row.is_causal else "NO",
+            }
+        )
+    return rows
+
+
+def published_rows(published: Published) -> list[Row]:
+    """The papers' numbers as a table."""
+    return [
+        {
+            "model": model.model,
+            "parameters, M": _number(model.parameters_m, "g"),
+            "outside embedding, M": _number(model.outside_m, "g"),
+            "perplexity per word": _number(model.perplexity, "g"),
+            "memory, GB": _number(model.memory_gb, "g"),
+            "time": _number(model.time, "g"),
+            "evaluations": _number(model.evaluations, "d"),
+            "source": model.source,
+            "recipe here": model.recipe or "-",
+        }
+        for model in published.models
+    ]
+
+
+def _headline(measurements: Measurements) -> Section | None:
+    texts = measurements.texts()
+    if not texts:
+        return None
+    tables, protocols = [], []
+    for name, results in texts.items():
+        first = results[0]
+        tables.append(Table(name, _without_empty(headline_rows(measurements, results))))
+        words = "" if first.perplexity.num_words is None else f", {first.perplexity.num_words:,} words"
+        protocols.append(
+            f"{name}: {first.perplexity.num_tokens:,} tokens{words}, each token scored once; {first.evaluation.batch_size} "
+            f"streams, segments of {first.evaluation.segment_length}, memory of {first.mem_len}, {first.precision}; bigram "
+            f"(interpolated Kneser-Ney) {_number(first.bigram.nats_per_token, '.3f')}, unigram "
+            f"{_number(first.unigram.nats_per_token, '.3f')} nats per token."
+        )
+    explanation = (
+        "Means over the runs, with the 95 % interval of the mean. An asterisk marks the lowest loss only if its interval "
+        "and all others are apart; without one no model is better than another by this evidence. Activations are the most "
+        "bytes recorded for a backward pass at any time of a training step, and in brackets their ratio to the first "
+        "model's of the suite; times likewise. Evaluations: of the cell in a solve when scoring, mean."
+    )
+    return Section("Models side by side", [*protocols, explanation], tables)
+
+
+def _published(published: Published | None) -> Section | None:
+    if published is None:
+        return None
+    sources = [f"{name}: {source}." for name, source in published.sources.items()]
+    text = (
+        "WikiText-103 at word level, test split; none of these is a result of ours. A perplexity per token of another "
+        "tokenizer cannot be compared with them. Of memory and time only ratios within one source can be compared."
+    )
+    return Section("Published numbers", [text, " ".join(sources)], [Table("published", published_rows(published))])
+
+
+def _memory(measurements: Measurements) -> Section | None:
+    results = measurements.of(MemoryResult)
+    if not results:
+        return None
+    tables = []
+    for result in results:
+        rows = [
+            {
+                "model": row.model + (", regularized" if row.regularized else ""),
+                "evaluations or layers": str(row.num_evaluations),
+                "activations kept": "out of memory"
+                if row.at_peak is None
+                else _number(row.most_activations, ",d", 1e6),
+                "solver": _number(row.most_solver, ",d", 1e6),
+                "peak without embedding": _number(row.at_peak and row.at_peak.without_embedding, "d", 1e6),
+                "largest sum": _number(row.largest, "d", 1e6),
+                "allocator": _number(row.allocated, ",d", 1e6),
+            }
+            for row in result.rows
+        ]
+        title = (
+            f"{result.suite}: {result.batch_size} sequences of {result.segment_length}, memory of {result.mem_len}, "
+            f"{result.device}; MB"
+        )
+        tables.append(Table(title, _without_empty(rows)))
+    text = (
+        "One training step: forward, backward, clipping, optimizer. Activations kept are the most bytes made by the cell "
+        "while its operations are recorded for a backward pass; an implicit gradient records one evaluation, inside the "
+        "backward pass. The peak counts tensors alive at the same time, with parameters, gradients and the optimizer's "
+        "state, and as in the papers without those of the embedding; what kernels use inside is not seen."
+    )
+    return Section(
+        "Memory of a training step", [text], tables, _plots(measurements, "memory_against_depth", "memory_parts")
+    )
+
+
+def _learning(measurements: Measurements) -> Section | None:
+    plots = _plots(measurements, "learning_curves")
+    text = "Seconds are of training steps alone, on the machine of the run."
+    return Section("Learning", [text], (), plots) if plots else None
+
+
+def _compute(measurements: Measurements) -> Section | None:
+    plots = _plots(measurements, "loss_against_evaluations")
+    text = "A model whose loss is the same after one evaluation needs no solver."
+    return Section("What an evaluation is worth", [text], (), plots) if plots else None
+
+
+def _convergence(measurements: Measurements) -> Section | None:
+    results = measurements.of(ConvergenceResult)
+    if not results:
+        return None
+    rows = [
+        {
+            "model": result.model,
+            "seed": str(result.seed),
+            "distance of the two solutions, median": _number(result.two_starts.median_distance, ".1e"),
+            "distance, largest": _number(result.two_starts.max_distance, ".1e"),
+            "nats per token from zero": _number(result.two_starts.nats_per_token, ".5f"),
+            "from a random state": _number(result.two_starts.other_nats_per_token, ".5f"),
+            "spectral radius, median": _number(result.contraction[-1].median_spectral_radius, ".3f"),
+            "spectral radius, largest": _number(result.contraction[-1].max_spectral_radius, ".3f"),
+        }
+        for result in results
+    ]
+    budget = max(result.settings.num_evaluations[-1] for result in results)
+    text = (
+        "Two starts: every segment is solved from zero and from random states of the equilibrium's size, with "
+        f"{budget} evaluations; an equilibrium is one if both end in the same state."
+    )
+    table = Table("two starts, and the Jacobian at the end", rows)
+    names = "residual_against_evaluations", "residual_by_position", "contraction_over_training"
+    return Section("Convergence", [text], [table], _plots(measurements, *names))
+
+
+def _cost(measurements: Measurements) -> Section | None:
+    results = measurements.of(CostResult)
+    if not results:
+        return None
+    tables = []
+    for result in results:
+        first = result.rows[0]
+        rows = [
+            {
+                "model": row.model,
+                "training step": _ratio(row.training_seconds, first.training_seconds, 1e-3, "ms"),
+                "MFLOP per token": _number(row.training_flops_per_token / 1e6, ".1f"),
+                "over the run": _number(row.training_flops / 1e6, ".1f"),
+                "evaluations": _number(row.training_evaluations, ".1f"),
+                "adjoint evaluations": _number(row.adjoint_evaluations, ".1f"),
+                "scoring a segment": _ratio(row.inference_seconds, first.inference_seconds, 1e-3, "ms"),
+                "MFLOP per token scored": _number(row.inference_flops_per_token / 1e6, ".2f"),
+                "evaluations in scoring": _number(row.inference_evaluations, ".1f"),
+            }
+            for row in result.rows
+        ]
+        title = f"{result.suite}: {_machine(result)}, median of {result.settings.rounds} rounds in turns"
+        tables.append(Table(title, rows))
+    text = (
+        "Operations are those of matrix products, counted in a training step after the shallow phases, and over the run "
+        "with them."
+    )
+    return Section("Cost", [text], tables, _plots(measurements, "cost_frontier"))
+
+
+def _missing(measurements: Measurements) -> Section | None:
+    commands: dict[type[Any], str] = {
+        EvaluationResult: "losses: python eval/run.py perplexity --models RUN...",
+        MemoryResult: "memory: python eval/run.py peak_memory",
+        CostResult: "time and operations: python eval/run.py speed --models RUN...",
+        ConvergenceResult: "convergence: python eval/run.py convergence --models RUN...",
+    }
+    missing = [text for kind, text in commands.items() if not measurements.of(kind)]
+    return Section("Not measured", missing) if missing else None
+
+
+def _provenance(measurements: Measurements) -> Section:
+    rows = [
+        {
+            "file": path.name,
+            "kind": record.kind,
+            "created": record.created,
+            "commit": _commit(record),
+            "torch": str(record.environment.get("torch")),
+            "transformers": str(record.environment.get("transformers")),
+            "machine": _machine(record),
+        }
+        for path, record in measurements.records
+    ]
+    return Section(
+        "Where the numbers come from", ["Each file also holds the resolved recipe or settings."], [Table("files", rows)]
+    )
+
+
+def _plots(measurements: Measurements, *names: str) -> list[Plot]:
+    """Those of `names` that there is something to show in."""
+    made = [(name, *PLOTS[name]) for name in names]
+    return [Plot(name, figure, caption) for name, draw, caption in made if (figure := draw(measurements)) is not None]
+
+
+def _without_empty(rows: Sequence[Row]) -> list[Row]:
+    """The rows without the columns that say nothing."""
+    return [{name: cell for name, cell in row.items() if any(other[name] != "-" for other in rows)} for row in rows]
+
+
+def _commit(record: Record) -> str:
+    commit, plus, changes = str(record.environment.get("commit") or "-").partition("+")
+    return commit[:12] + plus + changes
+
+
+def _machine(record: Record) -> str:
+    environment = record.environment
+    threads = environment.get("torch_threads")
+    return ", ".join(environment.get("gpus") or [f"{environment.get('cpu')}, {threads} thread" + "s" * (threads != 1)])
+
+
+def _number(value: Any, form: str, unit: float | None = None) -> str:
+    if value is None:
+        return "-"
+    return format(value / unit, ",.1f") if unit else format(value, form)
+
+
+def _ratio(value: float | None, base: float | None, unit: float, name: str) -> str:
+    if value is None:
+        return "-"
+    ratio = f" ({value / base:.2f}x)" if base else ""
+    return f"{value / unit:,.1f} {name}{ratio}"

@@ -1,0 +1,21 @@
+"""Suites: several models, and what to measure of all of them alike."""
+
+from deq_lm.suites.config import Suite, load_suite
+from deq_lm.suites.convergence import ConvergenceResult
+from deq_lm.suites.cost import CostResult
+from deq_lm.suites.learning import LearningResult
+from deq_lm.suites.memory import MemoryResult
+from deq_lm.suites.run import run_suite
+from deq_lm.suites.subjects import Subject, subjects_of
+
+__all__ = [
+    "ConvergenceResult",
+    "CostResult",
+    "LearningResult",
+    "MemoryResult",
+    "Subject",
+    "Suite",
+    "load_suite",
+    "run_suite",
+    "subjects_of",
+]

@@ -1,0 +1,192 @@
+"""The report: of all measurements or of some, self-contained, the same for the same input, and refusing what is damaged."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from deq_lm.errors import ConfigError, DataError
+from deq_lm.evaluation import EvaluationResult, read_record, write_record
+from deq_lm.reporting import headline_rows, read_measurements, read_published, write_report
+from deq_lm.suites.config import ConvergenceSettings, CostSettings, MemorySettings
+from deq_lm.suites.convergence import measure_convergence
+from deq_lm.suites.cost import measure_cost
+from deq_lm.suites.learning import read_learning
+from deq_lm.suites.memory import measure_memory
+
+ROOT = Path(__file__).resolve().parents[2]
+CPU = torch.device("cpu")
+PUBLISHED = ROOT / "eval" / "reference" / "published.yaml"
+FILES = ("index.html", "report.md", "tables.json")
+
+
+@pytest.fixture(scope="module")
+def results(subjects, tmp_path_factory) -> Path:
+    """A folder with a measurement of every kind; not to be changed."""
+    folder = tmp_path_factory.mktemp("results")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        convergence = ConvergenceSettings(num_evaluations=(1, 4, 8), num_segments=2)
+        records = {
+            "memory": measure_memory("tiny", subjects, MemorySettings(num_evaluations=(2, 4)), CPU),
+            "cost": measure_cost("tiny", subjects, CostSettings(rounds=1), CPU),
+            "convergence": measure_convergence("tiny", subjects[0], convergence, CPU),
+            **{f"learning_{subject.name}": read_learning("tiny", subject) for subject in subjects},
+        }
+    for name, record in records.items():
+        write_record(folder / f"{name}.json", record)
+    for subject in subjects:
+        result = read_record(subject.run.final / "evaluation.json", EvaluationResult)
+        write_record(folder / f"evaluation_{subject.name}.json", result)
+    return folder
+
+
+def page(output: Path) -> str:
+    return (output / "index.html").read_text("utf-8")
+
+
+def test_a_report_of_everything_has_every_section_and_plot(results, tmp_path):
+    sections = write_report(read_measurements([results]), read_published(PUBLISHED), tmp_path, title="All of it")
+    titles = [section.title for section in sections]
+    assert titles[0] == "Models side by side"
+    assert "Not measured" not in titles
+    names = {plot.name for section in sections for plot in section.plots}
+    assert len(names) == 8
+    assert {path.name for path in tmp_path.iterdir()} == {*FILES, *(f"{name}.svg" for name in names)}
+    markdown = (tmp_path / "report.md").read_text("utf-8")
+    for title in titles:
+        assert f"<h2>{title}</h2>" in page(tmp_path)
+        assert f"## {title}" in markdown
+
+
+def test_the_headline_has_the_measured_numbers(results):
+    measurements = read_measurements([results])
+    ((text, evaluations),) = measurements.texts().items()
+    assert text == "text, test split"
+    rows = {row["model"]: row for row in headline_rows(measurements, evaluations)}
+    assert set(rows) == {"equilibrium", "unrolled"}
+    for result in evaluations:
+        row = rows[result.recipe["name"]]
+        assert row["nats per token"] == f"{result.perplexity.nats_per_token:.3f}"
+        assert row["perplexity per word"] == f"{result.perplexity.word_perplexity:,.1f}"
+    kept = json.loads((results / "memory.json").read_text("utf-8"))["rows"]
+    by_model = {row["model"]: row["most_activations"] for row in kept if not row["regularized"]}  # the last: 4
+    ratio = by_model["equilibrium"] / by_model["equilibrium"]
+    assert rows["equilibrium"]["activations"].endswith(f"({ratio:.2f}x)")  # its budget of 7 is nearest to 4
+
+
+def test_the_page_needs_nothing_but_itself(results, tmp_path):
+    write_report(read_measurements([results]), read_published(PUBLISHED), tmp_path, title="<b>&")
+    html = page(tmp_path)
+    assert "<title>&lt;b&gt;&amp;</title>" in html
+    assert not re.search(r"<script|<link|<iframe|<img|@import|\bsrc=", html)
+    assert not re.search(r"url\((?!#)", html)
+    addresses = set(re.findall(r'\b(?:href|action|xlink:href)="([^"]*)"', html))
+    assert all(address.startswith(("#", "data:image/png;")) for address in addresses)
+    ids = re.findall(r'\bid="([^"]+)"', html)
+    assert len(ids) == len(set(ids))  # plots do not take each other's clip paths
+    assert {address[1:] for address in addresses if address.startswith("#")} <= set(ids)
+    assert "#123456" not in html
+
+
+def test_the_same_measurements_give_the_same_bytes(results, tmp_path):
+    for name in ("first", "second"):
+        write_report(read_measurements([results]), read_published(PUBLISHED), tmp_path / name, title="Twice")
+    for path in (tmp_path / "first").iterdir():
+        assert path.read_bytes() == (tmp_path / "second" / path.name).read_bytes(), path.name
+
+
+@pytest.mark.parametrize("kind", ["memory", "cost", "convergence", "evaluation_unrolled", "learning_equilibrium"])
+def test_a_report_of_one_measurement_says_what_is_missing(results, tmp_path, kind: str):
+    sections = write_report(read_measurements([results / f"{kind}.json"]), None, tmp_path, title="Part")
+    (missing,) = [section for section in sections if section.title == "Not measured"]
+    assert len(missing.text) == (4 if kind.startswith("learning") else 3)
+    assert all("python eval/run.py" in text for text in missing.text)
+    assert "Where the numbers come from" in page(tmp_path)
+
+
+def test_a_leak_is_shouted(results, tmp_path):
+    result = read_record(results / "evaluation_unrolled.json", EvaluationResult)
+    leaking = replace(result, causality=replace(result.causality, max_change_nats=1.0))
+    write_record(tmp_path / "leaking.json", leaking)
+    measurements = read_measurements([tmp_path / "leaking.json"])
+    assert [row["causal"] for row in headline_rows(measurements, measurements.of(EvaluationResult))] == ["NO"]
+
+
+def test_out_of_memory_is_a_row_and_no_point(results, tmp_path):
+    content = json.loads((results / "memory.json").read_text("utf-8"))
+    for row in content["rows"]:
+        if row["num_evaluations"] == 4 and row["model"] == "unrolled":
+            row |= {"at_peak": None, "largest": None, "most_activations": None, "most_solver": None}
+    (tmp_path / "memory.json").write_text(json.dumps(content), encoding="utf-8")
+    write_report(read_measurements([tmp_path / "memory.json"]), None, tmp_path, title="Full")
+    assert "out of memory" in page(tmp_path)
+
+
+def test_other_text_is_another_table_and_another_protocol_is_refused(results, tmp_path):
+    result = read_record(results / "evaluation_unrolled.json", EvaluationResult)
+    write_record(tmp_path / "other_text.json", replace(result, data_fingerprint="other"))
+    both = read_measurements([results / "evaluation_equilibrium.json", tmp_path / "other_text.json"])
+    assert list(both.texts()) == ["text, test split", "text, test split (other)"]
+    shorter = replace(result, evaluation=replace(result.evaluation, segment_length=4))
+    write_record(tmp_path / "shorter.json", shorter)
+    mixed = read_measurements([results / "evaluation_equilibrium.json", tmp_path / "shorter.json"])
+    with pytest.raises(DataError, match="cannot be compared: segment length 4"):
+        write_report(mixed, None, tmp_path / "report", title="Mixed")
+    assert not (tmp_path / "report").exists()
+
+
+def test_a_damaged_file_and_an_empty_folder_are_refused(tmp_path):
+    with pytest.raises(DataError, match=r"no \.json file in it"):
+        read_measurements([tmp_path])
+    (tmp_path / "memory.json").write_text('{"kind": "memory", "schema_version": 3}', encoding="utf-8")
+    with pytest.raises(DataError, match="damaged: memory: missing created"):
+        read_measurements([tmp_path])
+    (tmp_path / "memory.json").write_text('{"kind": "memories", "schema_version": 3}', encoding="utf-8")
+    with pytest.raises(DataError, match="of kind 'memories'; expected evaluation or learning"):
+        read_measurements([tmp_path])
+
+
+def test_published_numbers_have_sources_and_recipes_that_exist(tmp_path):
+    published = read_published(PUBLISHED)
+    recipes = {path.stem for path in (ROOT / "recipes").glob("*.yaml")}
+    assert {model.recipe for model in published.models if model.recipe} <= recipes
+    assert len({model.model for model in published.models}) == len(published.models)
+    (tmp_path / "published.yaml").write_text(
+        "sources: {}\nmodels: [{model: a, depth: stack, parameters_m: 1, perplexity: 2.0, source: b}]", encoding="utf-8"
+    )
+    with pytest.raises(ConfigError, match="'a' has the source 'b'"):
+        read_published(tmp_path / "published.yaml")
+
+
+def call(monkeypatch, *arguments: str | Path) -> int:
+    monkeypatch.setattr(sys, "argv", ["report.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(ROOT / "eval" / "report.py"), run_name="__main__")
+    return caught.value.code
+
+
+def test_the_script_prints_the_table_and_writes_the_page(monkeypatch, subjects, results, tmp_path, capsys):
+    places = [subjects[0].run.path, results / "evaluation_unrolled.json"]
+    assert call(monkeypatch, *places, "--output", tmp_path, "--title", "Both") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "text, test split"
+    assert {line.split("|")[1].strip() for line in lines[4:6]} == {"equilibrium", "unrolled"}
+    assert "<h1>Both</h1>" in page(tmp_path)
+
+
+def test_the_script_fails_in_one_line(monkeypatch, tmp_path, capsys):
+    assert call(monkeypatch, tmp_path / "none.json") == 2
+    assert "no such file" in capsys.readouterr().err
+    (tmp_path / "old.json").write_text('{"schema_version": 0}')
+    assert call(monkeypatch, tmp_path / "old.json") == 2
+    error = capsys.readouterr().err
+    assert "this deq_lm reads version" in error
+    assert error.count("\n") == 1
