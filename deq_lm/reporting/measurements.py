@@ -29,6 +29,10 @@ class Measurements:
         """All of one kind."""
         return [record for _, record in self.records if isinstance(record, kind)]
 
+    def first(self, kind: type[R]) -> R | None:
+        """The first of one kind: where several suites have measured it, the one that plots and headlines are of."""
+        return next(iter(self.of(kind)), None)
+
     def texts(self) -> dict[str, list[EvaluationResult]]:
         """Evaluations by what was scored, in words; only those of one text can be compared."""
         found: dict[str, list[EvaluationResult]] = {}

@@ -161,7 +161,8 @@ def learning_curves(measurements: Measurements) -> Figure | None:
     results = measurements.of(LearningResult)
     if not results:
         return None
-    flops = {row.model: row.training_flops for cost in measurements.of(CostResult) for row in cost.rows}
+    cost = measurements.first(CostResult)
+    flops = {row.model: row.training_flops for row in (cost.rows if cost else ())}
     figure, panels = _figure(3 if flops else 2)
     for name, runs in _by_model(results).items():
         color = _color(measurements, name)
@@ -217,7 +218,8 @@ def frontier(measurements: Measurements) -> dict[str, dict[str, Any]]:
     texts = measurements.texts()
     if not texts or not (measurements.of(CostResult) or measurements.of(MemoryResult)):
         return {}
-    flops = {row.model: row.training_flops for cost in measurements.of(CostResult) for row in cost.rows}
+    cost = measurements.first(CostResult)
+    flops = {row.model: row.training_flops for row in (cost.rows if cost else ())}
     results = next(iter(texts.values()))
     return {
         row.name: {
@@ -233,18 +235,17 @@ def frontier(measurements: Measurements) -> dict[str, dict[str, Any]]:
 
 
 def own_memory(measurements: Measurements, name: str, results: Iterable[EvaluationResult]) -> StepMemory | None:
-    """The step of a model as it was trained: at its own number of layers, or at its training budget or the next above."""
+    """The step of a model as it was trained: with its number of layers or budget, or the next above that was measured.
+
+    A regularized one if some of its steps are.
+    """
     model = next((result.model for result in results if model_name(result) == name), None)
-    rows = [
-        row
-        for memory in measurements.of(MemoryResult)
-        for row in memory.rows
-        if row.model == name and not row.regularized
-    ]
+    memory = measurements.first(MemoryResult)
+    rows = [row for row in (memory.rows if memory else ()) if row.model == name]
     if model is None or not rows:
         return None
     own = model["num_layers"] or model["stopping"]["max_steps"] + 1
-    return min(rows, key=lambda row: (row.num_evaluations < own, abs(row.num_evaluations - own)))
+    return min(rows, key=lambda row: (row.num_evaluations < own, abs(row.num_evaluations - own), not row.regularized))
 
 
 PLOTS: Mapping[str, tuple[Callable[[Measurements], Figure | None], str]] = {

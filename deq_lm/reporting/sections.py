@@ -71,9 +71,10 @@ def sections_of(measurements: Measurements, published: Published | None) -> list
 
 def headline_rows(measurements: Measurements, results: Sequence[EvaluationResult]) -> list[Row]:
     """The table that says it all: a model a row, the lowest loss first."""
-    costs = {row.model: row for cost in measurements.of(CostResult) for row in cost.rows}
-    rivals = [cost.rows[0].model for cost in measurements.of(CostResult)][:1] or measurements.models()[:1]
-    base = {"memory": own_memory(measurements, rivals[0], results), "cost": costs.get(rivals[0])}
+    cost_result, memory_result = measurements.first(CostResult), measurements.first(MemoryResult)
+    costs = {row.model: row for row in (cost_result.rows if cost_result else ())}
+    base_cost = cost_result.rows[0].training_seconds if cost_result else None
+    base_memory = own_memory(measurements, memory_result.rows[0].model, results) if memory_result else None
     rows = []
     compared = compare(results)
     best = compared[0] if is_best_by_evidence(compared) else None
@@ -92,11 +93,9 @@ def headline_rows(measurements: Measurements, results: Sequence[EvaluationResult
                 "bits per byte": _number(row.bits_per_byte, ".3f"),
                 "evaluations": _number(row.evaluations, ".1f"),
                 "activations": _ratio(
-                    memory and memory.most_activations, base["memory"] and base["memory"].most_activations, 1e6, "MB"
+                    memory and memory.most_activations, base_memory and base_memory.most_activations, 1e6, "MB"
                 ),
-                "training step": _ratio(
-                    cost and cost.training_seconds, base["cost"] and base["cost"].training_seconds, 1e-3, "ms"
-                ),
+                "training step": _ratio(cost and cost.training_seconds, base_cost, 1e-3, "ms"),
                 "MFLOP per training token": _number(cost and cost.training_flops / 1e6, ".1f"),
                 "causal": "yes" if row.is_causal else "NO",
             }
