@@ -27,12 +27,14 @@ def main() -> int:
         "results", nargs="+", type=Path, metavar="result", help="a result file, a folder of them, or a run"
     )
     parser.add_argument("--output", type=Path, help="folder to write index.html, report.md, tables.json and plots to")
+    parser.add_argument("--notes", type=Path, help="YAML file of model: sentence; also shows in what the models differ")
     parser.add_argument("--title", default="Deep equilibrium language models", help="of the page")
     arguments = parser.parse_args()
 
     # torch and transformers take seconds to import, which --help and a mistyped option need not wait for
     from deq_lm.errors import ConfigError, DataError
     from deq_lm.evaluation.tables import markdown_table
+    from deq_lm.training.strict_yaml import read_yaml
 
     try:
         from deq_lm.reporting import headline_rows, read_measurements, read_published, write_report
@@ -44,7 +46,9 @@ def main() -> int:
         for text, results in measurements.texts().items():
             print(f"{text}\n\n{markdown_table(headline_rows(measurements, results))}\n")
         if arguments.output is not None:
-            write_report(measurements, read_published(PUBLISHED), arguments.output, title=arguments.title)
+            notes = None if arguments.notes is None else read_yaml(arguments.notes)
+            published = read_published(PUBLISHED)
+            write_report(measurements, published, arguments.output, title=arguments.title, notes=notes)
             print(f"written: {arguments.output / 'index.html'}")
     except (ConfigError, DataError) as error:
         print(f"eval/report.py: {error}", file=sys.stderr)

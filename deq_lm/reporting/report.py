@@ -6,7 +6,7 @@ import html
 import io
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +21,9 @@ from deq_lm.training.durable import write_text
 
 _INK = "#123456"
 """A color that plots use for text and lines alone; the page's own takes its place."""
+
+_LONG = 50
+"""Characters from which a cell is broken into lines."""
 
 _PLAIN: dict[str, Any] = {
     "svg.hashsalt": "deq_lm",
@@ -40,14 +43,21 @@ table { border-collapse: collapse; font-size: 0.85rem; font-variant-numeric: tab
 caption { text-align: left; color: var(--soft); padding: 0.4rem 0; }
 th, td { padding: 0.25rem 0.7rem 0.25rem 0; text-align: right; vertical-align: bottom;
   border-bottom: 1px solid var(--line); }
-th { font-weight: 600; } td { white-space: nowrap; }
+th { font-weight: 600; } td { white-space: nowrap; } td.prose { white-space: normal; text-align: left; min-width: 16rem; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--paper); }
 figure { margin: 1.2rem 0; } figcaption, .soft { color: var(--soft); font-size: 0.9rem; }
 svg { max-width: 100%; height: auto; color: var(--ink); }
 """
 
 
-def write_report(measurements: Measurements, published: Published | None, output: Path, *, title: str) -> list[Section]:
+def write_report(
+    measurements: Measurements,
+    published: Published | None,
+    output: Path,
+    *,
+    title: str,
+    notes: Mapping[str, str] | None = None,
+) -> list[Section]:
     """Write index.html, report.md, tables.json and the plots as SVG into `output`; the same input gives the same bytes.
 
     Args:
@@ -55,12 +65,13 @@ def write_report(measurements: Measurements, published: Published | None, output
         published: numbers to show beside them.
         output: a folder; made if it is not there.
         title: of the page.
+        notes: what each model taught, by its name.
 
     Raises:
         DataError: results of one text were not measured alike, or `output` cannot be written.
     """
     with mpl.rc_context(cast(Any, _PLAIN)):
-        return _write(sections_of(measurements, published), output, title)
+        return _write(sections_of(measurements, published, notes), output, title)
 
 
 def _write(sections: list[Section], output: Path, title: str) -> list[Section]:
@@ -115,13 +126,16 @@ def _html_section(section: Section) -> str:
 
 def _html_table(table: Table) -> str:
     header = "".join(f"<th>{html.escape(name.strip())}</th>" for name in (table.rows[0] if table.rows else {}))
-    rows = "\n".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row.values()) + "</tr>" for row in table.rows
-    )
+    rows = "\n".join("<tr>" + "".join(map(_html_cell, row.values())) + "</tr>" for row in table.rows)
     return (
         f'<div class="scroll"><table><caption>{html.escape(table.title)}</caption>\n<thead><tr>{header}</tr></thead>\n'
         f"<tbody>{rows}</tbody></table></div>"
     )
+
+
+def _html_cell(cell: str) -> str:
+    prose = ' class="prose"' if len(cell) > _LONG else ""
+    return f"<td{prose}>{html.escape(cell)}</td>"
 
 
 def _html_plot(plot: Plot) -> str:

@@ -8,11 +8,12 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from deq_lm.evaluation import EvaluationResult, compare, is_best_by_evidence
+from deq_lm.evaluation import EvaluationResult, compare, is_best_by_evidence, model_name
 from deq_lm.evaluation.records import Record
 from deq_lm.reporting.measurements import Measurements
 from deq_lm.reporting.plots import PLOTS, own_memory
 from deq_lm.reporting.published import Published
+from deq_lm.structure import differences
 from deq_lm.suites import ConvergenceResult, CostResult, MemoryResult
 
 Row = Mapping[str, str]
@@ -49,14 +50,22 @@ class Section:
     plots: Sequence[Plot] = ()
 
 
-def sections_of(measurements: Measurements, published: Published | None) -> list[Section]:
+def sections_of(
+    measurements: Measurements, published: Published | None = None, notes: Mapping[str, str] | None = None
+) -> list[Section]:
     """All sections, in order.
+
+    Args:
+        measurements: what to show.
+        published: numbers to show beside them.
+        notes: what a model taught, by its name; with them the settings are shown in which the models differ.
 
     Raises:
         DataError: results of one text were not measured alike.
     """
     made = [
         _headline(measurements),
+        _differences(measurements, notes),
         _published(published),
         _memory(measurements),
         _learning(measurements),
@@ -143,6 +152,31 @@ def _headline(measurements: Measurements) -> Section | None:
         "model's of the suite; times likewise. Evaluations: of the cell in a solve when scoring, mean."
     )
     return Section("Models side by side", [*protocols, explanation], tables)
+
+
+def _differences(measurements: Measurements, notes: Mapping[str, str] | None) -> Section | None:
+    texts = measurements.texts()
+    if notes is None or not texts:
+        return None
+    results = next(iter(texts.values()))
+    first = next((result for result in results if model_name(result) in notes), results[0])
+    rows = []
+    for row in compare(results):
+        (own, *_) = (result for result in results if model_name(result) == row.name)
+        found = differences(first.recipe or {}, own.recipe or {}, _OF_A_RUN)
+        rows.append(
+            {
+                "model": row.name,
+                "differs in": "; ".join(found) if own is not first else "what the others are compared with",
+                "nats per token": _number(row.nats_per_token, ".3f"),
+                "what it taught": notes.get(row.name, "-"),
+            }
+        )
+    return Section("One change at a time", (), [Table(f"differences from {model_name(first)}", rows)])
+
+
+_OF_A_RUN = ("name", "seed", "data.cache_dir", "data.tokenizer", "data.vocab_size", "training.output_dir", "evaluation")
+"""Settings of a recipe that tell runs apart and decide nothing of what they learn."""
 
 
 def _published(published: Published | None) -> Section | None:

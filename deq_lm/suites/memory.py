@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from deq_lm.errors import ConfigError
 from deq_lm.evaluation.live_bytes import LiveBytes
 from deq_lm.evaluation.records import Record, provenance
 from deq_lm.suites.config import MemorySettings
@@ -109,11 +110,15 @@ def measure_memory(
         device: where.
 
     Raises:
-        ConfigError: a vocabulary is not known.
+        ConfigError: a vocabulary is not known, or the recipes' steps differ in shape.
     """
     firsts = list({subject.name: subject for subject in reversed(subjects)}.values())[::-1]
     recipes = [_shaped(subject.recipe, settings) for subject in firsts]
-    first = recipes[0]
+    first, *others = shapes = [_shape(recipe) for recipe in recipes]
+    if any(shape != first for shape in others):
+        raise ConfigError(
+            f"memory: the recipes' steps differ in (batch_size, segment_length, mem_len): {shapes}. Give memory the three."
+        )
     rows = []
     for subject, recipe in zip(firsts, recipes, strict=True):
         vocab_size = subject.trained(device).config.vocab_size if subject.is_trained else settings.vocab_size
@@ -125,9 +130,9 @@ def measure_memory(
         suite=suite,
         settings=settings,
         device=device.type,
-        batch_size=first.training.batch_size,
-        segment_length=first.training.segment_length,
-        mem_len=(first.model_config.cell or {})["mem_len"],
+        batch_size=first[0],
+        segment_length=first[1],
+        mem_len=first[2],
         rows=tuple(rows),
     )
 
@@ -144,6 +149,12 @@ def _shaped(recipe: Recipe, settings: MemorySettings) -> Recipe:
     if settings.mem_len is not None:
         model = {**model, "cell": {**model["cell"], "mem_len": settings.mem_len}}
     return replace(recipe, training=training, model=model)
+
+
+def _shape(recipe: Recipe) -> tuple[int, int, int]:
+    """Sequences of a step, their length, and positions of memory."""
+    cell = recipe.model_config.cell or {}
+    return recipe.training.batch_size, recipe.training.segment_length, cell["mem_len"]
 
 
 def _variants(recipe: Recipe, budgets: Sequence[int]) -> Iterator[tuple[Recipe, int, bool]]:
@@ -167,12 +178,12 @@ def _measure(
     vocab_size: int | None,
     device: torch.device,
 ) -> StepMemory:
-    model = subject.untrained(device, vocab_size=vocab_size)
     training = subject.recipe.training
     num_tokens = 4 * training.batch_size * training.segment_length
-    tokens = np.random.default_rng(0).integers(model.config.vocab_size, size=num_tokens + 1)
     parts = most = largest = allocated = None
     try:
+        model = subject.untrained(device, vocab_size=vocab_size)
+        tokens = np.random.default_rng(0).integers(model.config.vocab_size, size=num_tokens + 1)
         step = RepeatedStep(subject.recipe, model, tokens)
         meter = _meter(step, settings.limit_bytes)  # of the first step, which makes memory and optimizer state
         meter = _meter(step, settings.limit_bytes)
@@ -185,8 +196,7 @@ def _measure(
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
-    del model
-    gc.collect()
+    gc.collect()  # of the step before the next one
     return StepMemory(
         model=subject.name,
         depth=subject.recipe.model_config.depth,

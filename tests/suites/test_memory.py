@@ -87,6 +87,13 @@ def test_the_shape_is_the_suites(subjects):
     assert (result.batch_size, result.segment_length, result.mem_len) == (2, 5, 3)
 
 
+def test_steps_of_different_shape_are_not_compared(subjects):
+    recipe = subjects[1].recipe
+    larger = replace(subjects[1], recipe=replace(recipe, training=replace(recipe.training, batch_size=5)))
+    with pytest.raises(ConfigError, match=r"\[\(4, 8, 8\), \(5, 8, 8\)\]. Give memory the three"):
+        rows_of([subjects[0], larger])
+
+
 def test_a_vocabulary_that_only_the_text_decides_has_to_be_given(subjects, tmp_path):
     recipe = subjects[0].recipe
     unknown = replace(

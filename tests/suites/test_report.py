@@ -114,6 +114,21 @@ def test_a_report_of_one_measurement_says_what_is_missing(results, tmp_path, kin
     assert "Where the numbers come from" in page(tmp_path)
 
 
+def test_notes_stand_beside_what_differs(results, tmp_path):
+    recipe = read_record(results / "evaluation_unrolled.json", EvaluationResult)
+    other = {**recipe.recipe, "name": "faster", "training": {**recipe.recipe["training"], "clip_norm": 2.0}}
+    write_record(tmp_path / "faster.json", replace(recipe, recipe=other))
+    measurements = read_measurements([results / "evaluation_unrolled.json", tmp_path / "faster.json"])
+    write_report(
+        measurements, None, tmp_path, title="Ablations", notes={"unrolled": "The start.", "faster": "No <harm>."}
+    )
+    tables = json.loads((tmp_path / "tables.json").read_text("utf-8"))["tables"]
+    rows = {row["model"]: row for row in tables["differences from unrolled"]}
+    assert rows["faster"]["differs in"] == "training.clip_norm: 1.0 there, 2.0 here"
+    assert rows["faster"]["what it taught"] == "No <harm>."
+    assert "No &lt;harm&gt;." in page(tmp_path)
+
+
 def test_a_leak_is_shouted(results, tmp_path):
     result = read_record(results / "evaluation_unrolled.json", EvaluationResult)
     leaking = replace(result, causality=replace(result.causality, max_change_nats=1.0))
