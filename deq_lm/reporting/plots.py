@@ -22,7 +22,7 @@ MEGABYTE = 1e6
 
 
 def memory_against_depth(measurements: Measurements) -> Figure | None:
-    """Activations kept for the backward pass, and the whole peak without weights, against evaluations or layers."""
+    """Activations kept for the backward pass, and the peak without the embedding, against evaluations or layers."""
     results = measurements.of(MemoryResult)
     if not results:
         return None
@@ -72,7 +72,7 @@ def memory_parts(measurements: Measurements) -> Figure | None:
 
 
 def loss_against_evaluations(measurements: Measurements) -> Figure | None:
-    """Test-time compute: loss of solves stopped early, by solver; losses of the rivals beside it."""
+    """Test-time compute: loss of solves stopped early, by solver."""
     results = measurements.of(ConvergenceResult)
     if not results:
         return None
@@ -140,20 +140,22 @@ def contraction_over_training(measurements: Measurements) -> Figure | None:
     figure, (axes,) = _figure(1)
     for i, result in enumerate(results):
         steps = [point.step for point in result.contraction]
-        for j, (name, style) in enumerate(
-            (("max_spectral_radius", "-"), ("median_spectral_radius", "--"), ("jacobian_norm", ":"))
-        ):
+        for j, (name, (style, label)) in enumerate(_CONTRACTION.items()):
             numbers = [getattr(point, name) for point in result.contraction]
-            label = {
-                "max_spectral_radius": "spectral radius, largest",
-                "median_spectral_radius": "spectral radius, median",
-                "jacobian_norm": "norm of a column of the Jacobian",
-            }[name]
-            axes.plot(steps, numbers, style, color=COLORS[j], alpha=1 - 0.25 * i, label=label if i == 0 else None)
+            axes.plot(
+                steps, numbers, style, color=COLORS[j], alpha=max(0.3, 1 - 0.25 * i), label=label if i == 0 else None
+            )
     axes.axhline(1.0, color="gray", linewidth=0.8)
     _axes(axes, "training step", None)
     axes.legend(frameon=False, fontsize=8)
     return figure
+
+
+_CONTRACTION: Mapping[str, tuple[str, str]] = {
+    "max_spectral_radius": ("-", "spectral radius, largest"),
+    "median_spectral_radius": ("--", "spectral radius, median"),
+    "jacobian_norm": (":", "norm of a column of the Jacobian"),
+}
 
 
 def learning_curves(measurements: Measurements) -> Figure | None:
