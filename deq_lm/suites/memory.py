@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import ClassVar
 
 import numpy as np
@@ -218,7 +219,7 @@ def _meter(step: RepeatedStep, limit_bytes: int | None) -> LiveBytes:
     """One step under a meter that knows gradients when they appear."""
     static = _static_bytes(step)
     meter = LiveBytes(
-        embedding_shapes={tuple(parameter.shape) for parameter in _embedding(step)},
+        embedding_shapes=_embedding_shapes(step),
         limit_bytes=None if limit_bytes is None else max(0, limit_bytes - static),
     )
 
@@ -260,6 +261,17 @@ def _weights(step: RepeatedStep) -> list[nn.Parameter]:
 def _embedding(step: RepeatedStep) -> list[nn.Parameter]:
     weights = set(_weights(step))
     return [parameter for parameter in step.model.parameters() if parameter not in weights]
+
+
+def _embedding_shapes(step: RepeatedStep) -> set[tuple[int, ...]]:
+    """Of the tables, and of the pieces that an adaptive softmax cuts them into."""
+    config = step.model.config
+    edges = [0, *(config.embedding or {}).get("cutoffs", ()), config.vocab_size]
+    shapes = {tuple(parameter.shape) for parameter in _embedding(step)}
+    pieces = {
+        (last - first, *shape[1:]) for first, last in pairwise(edges) for shape in shapes if shape[0] == edges[-1]
+    }
+    return shapes | pieces
 
 
 def _bytes_of(step: RepeatedStep, parameters: Iterable[nn.Parameter]) -> int:
