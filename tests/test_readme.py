@@ -1,14 +1,14 @@
 """The README is executed: its Python blocks run, its files exist, its numbers are those of the committed result."""
 
-import json
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 
-from deq_lm.evaluation.tables import markdown_table
+from deq_lm.evaluation import EvaluationResult, read_record
 from deq_lm.modeling import builders
+from deq_lm.reporting.readme import TABLE, with_numbers
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
@@ -50,27 +50,22 @@ def test_the_layers_it_draws_are_those_that_are_checked():
     assert drawn.splitlines()[1:] == re.findall(r'"(.+?)"', checked[1])
 
 
-def test_the_demo_table_is_the_committed_result():
-    from deq_lm.evaluation import EvaluationResult, read_record
-    from deq_lm.evaluation.report import render
+def test_its_numbers_are_those_of_the_committed_results():
+    assert with_numbers(README, ROOT) == README
+    files = {file for file, _, _ in TABLE.findall(README)} | set(re.findall(r"<!-- demo: (\S+) -->", README))
+    assert {f"eval/results/{name}.json" for name in ("solvers", "training_step", "robustness", "demo_cpu")} <= files
 
-    place = re.search(r"<!-- demo: (\S+) -->\n\n```text\n(.*?)\n```", README, flags=re.DOTALL)
-    assert place is not None
-    result = read_record(ROOT / place[1], EvaluationResult)
-    assert place[2] == render(result)
+
+def test_a_number_that_was_typed_is_replaced():
+    _, _, table = TABLE.findall(README)[0]
+    number = re.findall(r"\d+\.\d+", table)[0]
+    typed = README.replace(table, table.replace(number, "0.123", 1))
+    assert typed != README
+    assert with_numbers(typed, ROOT) == README
+
+
+def test_the_demo_says_whether_it_beats_the_bigram():
+    (place,) = re.findall(r"<!-- demo: (\S+) -->", README)
+    result = read_record(ROOT / place, EvaluationResult)
     loses = result.perplexity.nats_per_token > result.bigram.nats_per_token
     assert loses == ("the model loses to\nthe bigram" in README)
-
-
-TABLES = re.findall(r"<!-- (eval/results/\w+\.json): (.+?) -->\n\n((?:\|.*\n)+)", README)
-
-
-@pytest.mark.parametrize(("file", "title", "table"), TABLES, ids=[title for _, title, _ in TABLES])
-def test_a_table_holds_the_numbers_of_its_result_file(file: str, title: str, table: str):
-    rows = json.loads((ROOT / file).read_text("utf-8"))["tables"][title]
-    columns = [cell.strip() for cell in table.splitlines()[0].strip("|").split("|")]
-    assert table.strip() == markdown_table([{column: row[column] for column in columns} for row in rows])
-
-
-def test_the_benchmarks_are_among_the_tables():
-    assert {file for file, _, _ in TABLES} >= {"eval/results/solvers.json", "eval/results/training_step.json"}
