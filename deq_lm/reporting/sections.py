@@ -320,7 +320,9 @@ def _provenance(measurements: Measurements) -> Section:
         for path, record in measurements.records
     ]
     return Section(
-        "Where the numbers come from", ["Each file also holds the resolved recipe or settings."], [Table("files", rows)]
+        "Where the numbers come from",
+        ["Each file also holds the resolved recipes and settings."],
+        [Table("files", rows)],
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -22,6 +22,7 @@ from deq_lm.modeling.builders import build_solver
 from deq_lm.regularizers import jacobian_frobenius
 from deq_lm.regularizers.jacobian import spectral_radius
 from deq_lm.solvers import FixedPointSolver, Solution, StoppingRule, solve
+from deq_lm.structure import to_mapping
 from deq_lm.suites.config import ConvergenceSettings
 from deq_lm.suites.subjects import Subject
 
@@ -90,6 +91,7 @@ class ConvergenceResult(Record):
         suite: its name.
         model: its name in the suite.
         seed: of the run.
+        recipe: of the run.
         settings: how it was measured.
         budgets: residual and loss against the budget, by solver; the model's own first.
         position_residuals: of the model's solver, at each budget (a row) by position (a column): the median over the
@@ -103,6 +105,7 @@ class ConvergenceResult(Record):
     suite: str
     model: str
     seed: int
+    recipe: Mapping[str, Any]
     settings: ConvergenceSettings
     budgets: tuple[BudgetPoint, ...]
     position_residuals: tuple[tuple[float | None, ...], ...]
@@ -141,6 +144,7 @@ def measure_convergence(
         suite=suite,
         model=subject.name,
         seed=subject.seed,
+        recipe=to_mapping(subject.recipe),
         settings=settings,
         budgets=tuple(budgets),
         position_residuals=tuple(position_residuals),

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -20,6 +20,7 @@ from deq_lm.evaluation.modes import measuring
 from deq_lm.evaluation.records import Record, provenance
 from deq_lm.modeling import DEQLMForCausalLM
 from deq_lm.modeling.modeling_deq_lm import DEQLMOutput
+from deq_lm.structure import to_mapping
 from deq_lm.suites.config import CostSettings
 from deq_lm.suites.subjects import Subject
 from deq_lm.suites.training_step import RepeatedStep, steady
@@ -66,6 +67,7 @@ class CostResult(Record):
         suite: its name.
         settings: how it was measured.
         device: "cpu", "cuda".
+        recipes: of each model, by its name.
         rows: the models; the first is what times are compared with.
     """
 
@@ -74,6 +76,7 @@ class CostResult(Record):
     suite: str
     settings: CostSettings
     device: str
+    recipes: Mapping[str, Mapping[str, Any]]
     rows: tuple[ModelCost, ...]
 
 
@@ -102,6 +105,7 @@ def measure_cost(suite: str, subjects: Sequence[Subject], settings: CostSettings
         suite=suite,
         settings=settings,
         device=device.type,
+        recipes={subject.name: to_mapping(subject.recipe) for subject in firsts},
         rows=tuple(meter.result(settings.rounds) for meter in meters),
     )
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from deq_lm.errors import DataError
 from deq_lm.evaluation.records import Record, provenance
+from deq_lm.structure import to_mapping
 from deq_lm.suites.subjects import Subject
 
 
@@ -57,6 +59,7 @@ class LearningResult(Record):
         suite: its name.
         model: its name in the suite.
         seed: of the run.
+        recipe: of the run.
         training: the points, in order.
         validation: likewise.
     """
@@ -66,6 +69,7 @@ class LearningResult(Record):
     suite: str
     model: str
     seed: int
+    recipe: Mapping[str, Any]
     training: tuple[LearningPoint, ...]
     validation: tuple[ValidationPoint, ...]
 
@@ -106,6 +110,7 @@ def read_learning(suite: str, subject: Subject) -> LearningResult:
         suite=suite,
         model=subject.name,
         seed=subject.seed,
+        recipe=to_mapping(subject.recipe),
         training=tuple(points),
         validation=tuple(validation),
     )

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from deq_lm.errors import ConfigError
 from deq_lm.evaluation.live_bytes import LiveBytes
 from deq_lm.evaluation.records import Record, provenance
+from deq_lm.structure import to_mapping
 from deq_lm.suites.config import MemorySettings
 from deq_lm.suites.subjects import Subject
 from deq_lm.suites.training_step import RepeatedStep, steady, with_budget
@@ -83,6 +84,7 @@ class MemoryResult(Record):
         settings: how it was measured.
         device: "cpu", "cuda".
         batch_size, segment_length, mem_len: of the steps.
+        recipes: of each model, by its name.
         rows: the steps.
     """
 
@@ -94,6 +96,7 @@ class MemoryResult(Record):
     batch_size: int
     segment_length: int
     mem_len: int
+    recipes: Mapping[str, Mapping[str, Any]]
     rows: tuple[StepMemory, ...]
 
 
@@ -134,6 +137,7 @@ def measure_memory(
         batch_size=first[0],
         segment_length=first[1],
         mem_len=first[2],
+        recipes={subject.name: to_mapping(subject.recipe) for subject in firsts},
         rows=tuple(rows),
     )
 
