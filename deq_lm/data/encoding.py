@@ -150,7 +150,8 @@ def load_prepared(folder: str | Path, *, expected: DataConfig | None = None) -> 
 
     Args:
         folder: written by `prepare` or `prepare_into`.
-        expected: if given, the folder must have been made with its `tokenizer`, and its `vocab_size` where it has one.
+        expected: if given, the folder must have been made with its `tokenizer`, and where it has a `vocab_size`, have been
+            made with that or have so many entries.
 
     Raises:
         DataError: not a prepared folder, a damaged one, or made with other settings.
@@ -169,10 +170,13 @@ def load_prepared(folder: str | Path, *, expected: DataConfig | None = None) -> 
         raise DataError(
             f"{folder}: the prepared data is damaged ({error}). Remove the folder and prepare again."
         ) from error
-    if expected is not None and (expected.tokenizer, expected.vocab_size or made_with[1]) != made_with:
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    # "word_level" may have been asked for all words, and expected with as many as there were
+    sizes = (None, made_with[1], len(tokenizer))
+    if expected is not None and (expected.tokenizer != made_with[0] or expected.vocab_size not in sizes):
         raise DataError(
-            f"{folder}: was prepared with tokenizer {made_with[0]} and vocab_size {made_with[1]}, not "
-            f"{expected.tokenizer} and {expected.vocab_size}. Ask for those, or prepare again."
+            f"{folder}: was prepared with tokenizer {made_with[0]} and vocab_size {made_with[1]} ({len(tokenizer):,} "
+            f"entries), not {expected.tokenizer} and {expected.vocab_size}. Ask for those, or prepare again."
         )
     for name, published in PUBLISHED_WORDS.get(corpus, {}).items():
         if splits[name].num_words != published:
@@ -180,7 +184,7 @@ def load_prepared(folder: str | Path, *, expected: DataConfig | None = None) -> 
                 "%s: the %s split has %s words, and that of %s has %s: perplexities are not comparable with published ones",
                 *(folder, name, f"{splits[name].num_words:,}", corpus, f"{published:,}"),
             )
-    return EncodedCorpus(load_tokenizer(folder / "tokenizer"), splits, fingerprint)
+    return EncodedCorpus(tokenizer, splits, fingerprint)
 
 
 def _is_prepared(folder: Path) -> bool:

@@ -77,6 +77,15 @@ def test_a_damaged_prepared_folder_is_refused(folder: Path, tmp_path):
         prepare(DataConfig("prepared", "bpe", data_dir=str(out)))
 
 
+def test_prepared_words_fit_a_recipe_that_says_how_many_they_are(folder: Path, tmp_path):
+    out = tmp_path / "out"
+    size = len(prepare_into(DataConfig("text", "word_level", None, str(folder)), out).tokenizer)
+    for vocab_size in (None, size):
+        assert len(prepare(DataConfig("prepared", "word_level", vocab_size, str(out))).tokenizer) == size
+    with pytest.raises(DataError, match=rf"vocab_size None \({size} entries\), not word_level and {size - 1}"):
+        prepare(DataConfig("prepared", "word_level", size - 1, str(out)))
+
+
 def test_a_full_folder_is_not_written_into(folder: Path, tmp_path):
     with pytest.raises(DataError, match="is there already"):
         prepare_into(DataConfig("text", "bpe", 300, str(folder)), folder)
