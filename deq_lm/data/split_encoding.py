@@ -53,7 +53,7 @@ def encode_split(
 
     def counted() -> Iterator[str]:
         for document in documents:
-            counts.num_words += len(document.split())
+            counts.num_words += sum(len(words) for words in word_level.words_by_line(document))
             if lines_count_as_words:
                 counts.num_words += document.count("\n") + (not document.endswith("\n"))
             counts.num_bytes += len(document.encode())

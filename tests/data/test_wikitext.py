@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from deq_lm.data import corpora
 from deq_lm.data.corpora import load_corpus
 from deq_lm.data.encoding import DataConfig, EncodedCorpus, prepare_into
 from deq_lm.data.text_files import SPLITS
+from deq_lm.data.tokenizers import word_level
 from deq_lm.errors import DataError
 
 DATA = Path(os.environ.get("DEQ_LM_DATA", Path(__file__).resolve().parents[3] / "shared" / "data")) / "wikitext-103"
@@ -172,6 +174,17 @@ print(large - small)
         [sys.executable, "-c", script, str(tmp_path / "tokens.npy")], capture_output=True, text=True, check=True
     )
     assert float(done.stdout) < 40  # MB
+
+
+def test_the_words_of_a_long_document_are_never_all_there_at_once():
+    document = "the tide is in and out\n" * 100_000
+    tracemalloc.start()
+    try:
+        word_level.train([document], None)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 8 * len(document)  # the lines; all its words at once would be 15 more
 
 
 @pytest.mark.parametrize("content", ["a b\r\n\r\nc\r\n", "a b\n\nc"])
