@@ -28,6 +28,10 @@ def main() -> int:
     parser.add_argument("--stack", type=int, metavar="LAYERS", help="find the untied stack of so many layers")
     parser.add_argument("--vocab-size", type=int, help="instead of the recipe's")
     arguments = parser.parse_args()
+    for option in ("vocab_size", "stack"):
+        value = getattr(arguments, option)
+        if value is not None and value < 1:
+            parser.error(f"--{option.replace('_', '-')} {value}: expected 1 or more")
 
     # transformers takes seconds to import, which --help and a mistyped option need not wait for
     from deq_lm.errors import ConfigError
@@ -38,7 +42,7 @@ def main() -> int:
     try:
         for path in arguments.recipes:
             recipe = load_recipe(path)
-            vocab_size = arguments.vocab_size or recipe.data.vocab_size
+            vocab_size = recipe.data.vocab_size if arguments.vocab_size is None else arguments.vocab_size
             if vocab_size is None:
                 raise ConfigError(f"{path}: its vocabulary is known when its text has been read. Give --vocab-size.")
             rows.append((recipe.name, count_parameters(build_config(recipe.model, vocab_size))))

@@ -30,6 +30,9 @@ PUBLISHED_WORDS: Mapping[str, Mapping[str, int]] = {
 }
 """Words of each split as perplexities are published for them, `<eos>` of each line included (Merity et al. 2017)."""
 
+PUBLISHED_VOCABULARY = {"wikitext-103": 267_735}
+"""Different words of the training split, `<eos>` included (Dai et al. 2019)."""
+
 CORPUS_NAMES = ("builtin", "text", *_HUB_CONFIGURATIONS)
 _PROBE_SECONDS = 2
 

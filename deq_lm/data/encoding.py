@@ -19,12 +19,13 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from deq_lm.data.corpora import CORPUS_NAMES, PUBLISHED_WORDS, Corpus, load_corpus
+from deq_lm.data.corpora import CORPUS_NAMES, PUBLISHED_VOCABULARY, PUBLISHED_WORDS, Corpus, load_corpus
 from deq_lm.data.split_encoding import encode_split
 from deq_lm.data.text_files import SPLITS, file_digest
 from deq_lm.data.token_file import TokenWriter, read_tokens
 from deq_lm.data.tokenizers import TOKENIZER_KINDS, load_tokenizer, train_tokenizer
 from deq_lm.errors import ConfigError, DataError
+from deq_lm.structure import nearest
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         names = (*CORPUS_NAMES, PREPARED)
         if self.corpus not in names:
-            raise ConfigError(f"corpus {self.corpus!r} is not known. Choose one of {', '.join(names)}.")
+            raise ConfigError(f"corpus {self.corpus!r} is not known{nearest(self.corpus, names)}")
         if self.corpus == PREPARED:
             if self.data_dir is None:
                 raise ConfigError("corpus prepared: no data_dir was given. Set it to a prepared folder.")
@@ -98,11 +99,13 @@ class EncodedCorpus:
         tokenizer: made them; its length is the vocabulary size.
         splits: "train", "valid" and "test".
         fingerprint: sha256 of the vocabulary and all tokens, as hexadecimal digits.
+        caveats: what a reader of numbers measured on it has to know, a sentence each.
     """
 
     tokenizer: PreTrainedTokenizerFast
     splits: Mapping[str, EncodedSplit]
     fingerprint: str
+    caveats: tuple[str, ...] = ()
 
 
 def prepare(config: DataConfig, cache_dir: str | Path | None = None) -> EncodedCorpus:
@@ -178,13 +181,25 @@ def load_prepared(folder: str | Path, *, expected: DataConfig | None = None) -> 
             f"{folder}: was prepared with tokenizer {made_with[0]} and vocab_size {made_with[1]} ({len(tokenizer):,} "
             f"entries), not {expected.tokenizer} and {expected.vocab_size}. Ask for those, or prepare again."
         )
-    for name, published in PUBLISHED_WORDS.get(corpus, {}).items():
-        if splits[name].num_words != published:
-            logger.warning(
-                "%s: the %s split has %s words, and that of %s has %s: perplexities are not comparable with published ones",
-                *(folder, name, f"{splits[name].num_words:,}", corpus, f"{published:,}"),
-            )
-    return EncodedCorpus(tokenizer, splits, fingerprint)
+    caveats = _caveats(corpus, splits, tokenizer if made_with == ("word_level", None) else None)
+    for caveat in caveats:
+        logger.warning("%s: %s", folder, caveat)
+    return EncodedCorpus(tokenizer, splits, fingerprint, caveats)
+
+
+def _caveats(
+    corpus: str, splits: Mapping[str, EncodedSplit], all_words: PreTrainedTokenizerFast | None
+) -> tuple[str, ...]:
+    """What makes perplexities on a corpus other than the published ones; `all_words` is a tokenizer of all of them."""
+    found = [
+        f"the {name} split has {splits[name].num_words:,} words, and that of {corpus} has {published:,}"
+        for name, published in PUBLISHED_WORDS.get(corpus, {}).items()
+        if splits[name].num_words != published
+    ]
+    published = PUBLISHED_VOCABULARY.get(corpus)
+    if all_words is not None and published not in (None, len(all_words)):
+        found.append(f"its vocabulary has {len(all_words):,} words, and that of {corpus} has {published:,}")
+    return tuple(f"{caveat}: perplexities are not comparable with published ones" for caveat in found)
 
 
 def _is_prepared(folder: Path) -> bool:

@@ -90,6 +90,7 @@ def evaluate(
             memory=memory,
             memory_shape=memory_shape,
             sample=sample_text(model, corpus.tokenizer, config, seed=seed) if config.sample_tokens else None,
+            caveats=corpus.caveats,
         )
 
 

@@ -60,7 +60,8 @@ def _perplexities(result: EvaluationResult) -> list[str]:
 def _protocol(result: EvaluationResult) -> list[str]:
     streams, length = result.evaluation.batch_size, result.evaluation.segment_length
     text = f"{streams} streams, segments of {length}, memory of {result.mem_len}, {result.precision}"
-    return _item("measured with", text)
+    cautions = [line for caveat in result.caveats for line in _item("CAUTION", caveat)]
+    return _item("measured with", text) + cautions
 
 
 def _solves(result: EvaluationResult) -> list[str]:

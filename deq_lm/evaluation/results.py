@@ -40,6 +40,7 @@ class EvaluationResult(Record):
         memory: of a training step, at each depth; empty likewise.
         memory_shape: sequences, their length, and positions of memory of that step.
         sample: text written by the model; None if it was not asked for.
+        caveats: what a reader has to know of the text, a sentence each.
     """
 
     kind: ClassVar[str] = "evaluation"
@@ -62,6 +63,7 @@ class EvaluationResult(Record):
     memory: tuple[MemoryRow, ...]
     memory_shape: tuple[int, int, int] | None
     sample: Sample | None
+    caveats: tuple[str, ...] = ()
 
     @property
     def mem_len(self) -> int:

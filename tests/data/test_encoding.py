@@ -135,3 +135,15 @@ def test_prepare_data_fails_in_one_line(tmp_path):
     assert len(done.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "out").exists()
     assert call("--help").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"corpus": "wikitext103", "tokenizer": "bpe", "vocab_size": 300}, "did you mean wikitext-103"),
+        ({"corpus": "text", "tokenizer": "wordlevel"}, "did you mean word_level"),
+    ],
+)
+def test_a_misspelt_corpus_or_tokenizer_gets_a_suggestion(folder: Path, tmp_path, config: dict, message: str):
+    with pytest.raises((ConfigError, DataError), match=message):
+        prepare(DataConfig(**config, data_dir=str(folder), cache_dir=str(tmp_path / "cache")))

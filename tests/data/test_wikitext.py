@@ -82,9 +82,11 @@ def test_another_text_under_the_name_of_a_published_one_is_pointed_out(tmp_path:
         encoded = prepare_into(DataConfig("wikitext-103", "word_level", data_dir=str(folder)), tmp_path / "a")
     count = encoded.splits["train"].num_words
     assert f"the train split has {count} words, and that of wikitext-103 has 103,227,021" in caplog.text
-    assert len(caplog.records) == 3
+    assert f"its vocabulary has {len(encoded.tokenizer)} words, and that of wikitext-103 has 267,735" in caplog.text
+    assert len(caplog.records) == len(encoded.caveats) == 4
     caplog.clear()
     monkeypatch.setitem(corpora.PUBLISHED_WORDS, "wikitext-103", dict.fromkeys(SPLITS, count))
+    monkeypatch.setitem(corpora.PUBLISHED_VOCABULARY, "wikitext-103", len(encoded.tokenizer))
     prepare_into(DataConfig("wikitext-103", "word_level", data_dir=str(folder)), tmp_path / "b")
     prepare_into(DataConfig("text", "word_level", data_dir=str(as_text(tmp_path / "t"))), tmp_path / "c")
     assert not caplog.records

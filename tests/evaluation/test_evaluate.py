@@ -203,6 +203,13 @@ def test_the_report_of_a_leaking_model_says_so_beside_its_perplexity(result):
     assert "at most 1.5 nats" in " ".join(report.split())
 
 
+def test_what_a_reader_has_to_know_of_the_text_stands_beside_the_numbers(corpus):
+    known = dataclasses.replace(corpus, caveats=("the train split has 9 words",))
+    result = evaluate(make_model(len(corpus.tokenizer)), known, dataclasses.replace(CONFIG, sample_tokens=0))
+    assert result.caveats == ("the train split has 9 words",)
+    assert re.search(r"^CAUTION +the train split has 9 words$", render(result), flags=re.MULTILINE)
+
+
 def test_the_report_of_a_broken_model_has_no_numbers_for_what_is_not_finite(result):
     broken = Perplexity(nll_nats=None, num_tokens=10, num_words=5, num_bytes=50)
     solves = dataclasses.replace(result.solves, max_residual=None, outcomes={"converged": 1, "non_finite": 3})

@@ -164,7 +164,7 @@ def no_tokenizer(run: Path) -> Path:
         (other_kind, "of type gpt2, not deq_lm"),
         (other_vocabulary, "tokenizer has"),
         (missing_weights, "no model.safetensors"),
-        (no_tokenizer, "no tokenizer.json"),
+        (no_tokenizer, "tokenizer.json, as save_pretrained"),
     ],
 )
 def test_a_damaged_or_unfitting_checkpoint_is_one_line_and_exit_two(monkeypatch, run, capsys, damaged, words):

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from deq_lm.data.corpora import Corpus
 from deq_lm.data.tokenizers import bpe, sentencepiece, word_level
 from deq_lm.errors import ConfigError, DataError
+from deq_lm.structure import nearest
 
 TokenizerKind = Literal["bpe", "word_level", "sentencepiece"]
 TOKENIZER_KINDS: tuple[str, ...] = get_args(TokenizerKind)
@@ -50,8 +51,8 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     """
     if not Path(folder, "tokenizer.json").is_file():
         raise DataError(
-            f"{folder}: no tokenizer.json there. Give a folder that a tokenizer was saved to with save_pretrained, or one "
-            f"of {', '.join(TOKENIZER_KINDS)}."
+            f"{folder}: no folder with a tokenizer.json, as save_pretrained writes it, and no kind of tokenizer"
+            f"{nearest(str(folder), TOKENIZER_KINDS)}"
         )
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
