@@ -23,8 +23,10 @@ demo: $(READY)   ## train, evaluate and audit a small DEQ language model on buil
 	    --num_cpu_threads_per_process $(shell getconf _NPROCESSORS_ONLN) \
 	    scripts/train_lm.py recipes/demo_cpu.yaml training.output_dir=$(RUN)
 
-report: $(READY) ## the page of eval/report and the numbers of README.md, from the committed results
+report: $(READY) ## eval/report, ABLATIONS.md and the numbers of README.md, from the committed results
 	$(BIN)/python eval/report.py $(COMPARED) --output eval/report --title "Equilibrium and rivals on 21 million words"
+	$(BIN)/python eval/report.py eval/results/ablations --notes eval/results/ablations/notes.yaml \
+	    --markdown eval/results/ABLATIONS.md --title "What the equilibrium's loss depends on"
 	$(BIN)/python scripts/fill_readme.py
 
 test: $(READY) lint   ## the default test suite (2 cores: under 5 minutes)

@@ -27,6 +27,7 @@ def main() -> int:
         "results", nargs="+", type=Path, metavar="result", help="a result file, a folder of them, or a run"
     )
     parser.add_argument("--output", type=Path, help="folder to write index.html, report.md, tables.json and plots to")
+    parser.add_argument("--markdown", type=Path, help="Markdown file to write, without plots")
     parser.add_argument("--notes", type=Path, help="YAML file of model: sentence; also shows in what the models differ")
     parser.add_argument("--title", default="Deep equilibrium language models", help="of the page")
     arguments = parser.parse_args()
@@ -37,7 +38,7 @@ def main() -> int:
     from deq_lm.training.strict_yaml import read_yaml
 
     try:
-        from deq_lm.reporting import headline_rows, read_measurements, read_published, write_report
+        from deq_lm.reporting import headline_rows, read_measurements, read_published, write_markdown, write_report
     except ModuleNotFoundError as error:
         print(f"eval/report.py: {error}. Install what it draws with: pip install -e '.[report]'", file=sys.stderr)
         return 2
@@ -45,8 +46,11 @@ def main() -> int:
         measurements = read_measurements(arguments.results)
         for text, results in measurements.texts().items():
             print(f"{text}\n\n{markdown_table(headline_rows(measurements, results))}\n")
+        notes = None if arguments.notes is None else read_yaml(arguments.notes)
+        if arguments.markdown is not None:
+            write_markdown(measurements, arguments.markdown, title=arguments.title, notes=notes)
+            print(f"written: {arguments.markdown}")
         if arguments.output is not None:
-            notes = None if arguments.notes is None else read_yaml(arguments.notes)
             published = read_published(PUBLISHED)
             write_report(measurements, published, arguments.output, title=arguments.title, notes=notes)
             print(f"written: {arguments.output / 'index.html'}")

@@ -2,7 +2,15 @@
 
 from deq_lm.reporting.measurements import Measurements, read_measurements
 from deq_lm.reporting.published import Published, read_published
-from deq_lm.reporting.report import write_report
+from deq_lm.reporting.report import write_markdown, write_report
 from deq_lm.reporting.sections import headline_rows
 
-__all__ = ["Measurements", "Published", "headline_rows", "read_measurements", "read_published", "write_report"]
+__all__ = [
+    "Measurements",
+    "Published",
+    "headline_rows",
+    "read_measurements",
+    "read_published",
+    "write_markdown",
+    "write_report",
+]

@@ -7,6 +7,7 @@ import io
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -72,6 +73,21 @@ def write_report(
     """
     with mpl.rc_context(cast(Any, _PLAIN)):
         return _write(sections_of(measurements, published, notes), output, title)
+
+
+def write_markdown(
+    measurements: Measurements, path: Path, *, title: str, notes: Mapping[str, str] | None = None
+) -> None:
+    """Write the Markdown twin alone, without plots and the published numbers.
+
+    Raises:
+        DataError: as `write_report`.
+    """
+    sections = [replace(section, plots=()) for section in sections_of(measurements, None, notes)]
+    try:
+        write_text(path, to_markdown(title, [section for section in sections if section.text or section.tables]))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written ({error.strerror}). Choose another --markdown.") from error
 
 
 def _write(sections: list[Section], output: Path, title: str) -> list[Section]:

@@ -183,6 +183,16 @@ def test_published_numbers_have_sources_and_recipes_that_exist(tmp_path):
         read_published(tmp_path / "published.yaml")
 
 
+def test_markdown_alone_has_the_tables_and_names_no_plot(results, monkeypatch, tmp_path, capsys):
+    (tmp_path / "notes.yaml").write_text("unrolled: Where it began.", encoding="utf-8")
+    arguments = [results, "--markdown", tmp_path / "A.md", "--notes", tmp_path / "notes.yaml"]
+    assert call(monkeypatch, *arguments) == 0
+    text = (tmp_path / "A.md").read_text("utf-8")
+    assert "Where it began." in text
+    assert "## Cost" in text
+    assert ".svg" not in text
+
+
 def call(monkeypatch, *arguments: str | Path) -> int:
     monkeypatch.setattr(sys, "argv", ["report.py", *map(str, arguments)])
     with pytest.raises(SystemExit) as caught:
