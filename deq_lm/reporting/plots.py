@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, ScalarFormatter
 
 from deq_lm.evaluation import EvaluationResult, compare, model_name
 from deq_lm.reporting.measurements import Measurements
@@ -47,6 +48,8 @@ def memory_against_depth(measurements: Measurements) -> Figure | None:
         _axes(axes, "evaluations of the cell, or layers", label)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(ScalarFormatter())
         _plain_ticks(axes, sorted({row.num_evaluations for row in results[0].rows}))
     panels[0].legend(frameon=False, fontsize=8)
     return figure
@@ -159,32 +162,31 @@ _CONTRACTION: Mapping[str, tuple[str, str]] = {
 
 
 def learning_curves(measurements: Measurements) -> Figure | None:
-    """Training loss against tokens, operations and seconds, mean over the seeds."""
+    """Training loss, mean over the seeds, against tokens and, where costs were measured, operations and seconds.
+
+    Seconds are steps times the time of one, measured in turns: runs may have shared their machine.
+    """
     results = measurements.of(LearningResult)
     if not results:
         return None
     cost = measurements.first(CostResult)
-    flops = {row.model: row.training_flops for row in (cost.rows if cost else ())}
-    figure, panels = _figure(3 if flops else 2)
+    costs = {row.model: row for row in (cost.rows if cost else ())}
+    figure, panels = _figure(3 if costs else 1)
     for name, runs in _by_model(results).items():
-        color = _color(measurements, name)
-        points = runs[0].training
-        losses = [
-            _mean([run.training[i].nats_per_token for run in runs if len(run.training) > i]) for i in range(len(points))
-        ]
-        tokens = [point.num_tokens for point in points]
-        seconds = [
-            statistics.fmean(run.training[i].seconds for run in runs if len(run.training) > i)
-            for i in range(len(points))
-        ]
-        panels[0].plot([n / 1e6 for n in tokens], losses, color=color, label=name, linewidth=1.2)
-        panels[1].plot(seconds, losses, color=color, linewidth=1.2)
-        if name in flops:
-            panels[2].plot([flops[name] * n / 1e12 for n in tokens], losses, color=color, linewidth=1.2)
+        points = list(zip(*(run.training for run in runs), strict=False))  # of the same step in every run
+        losses = [_mean([point.nats_per_token for point in same]) for same in points]
+        tokens = np.array([same[0].num_tokens for same in points])
+        steps = np.array([same[0].step for same in points])
+        line = {"color": _color(measurements, name), "linewidth": 1.2}
+        panels[0].plot(tokens / 1e6, losses, label=name, **line)
+        if name in costs:
+            panels[1].plot(costs[name].training_flops * tokens / 1e12, losses, **line)
+            panels[2].plot(costs[name].training_seconds * steps, losses, **line)
     known = [point.nats_per_token for run in results for point in run.training if point.nats_per_token is not None]
-    for axes, label in zip(panels, ("tokens, millions", "seconds of training", "10^12 operations"), strict=False):
+    for axes, label in zip(panels, ("tokens, millions", "10^12 operations", "seconds of training"), strict=False):
         _axes(axes, label, "training loss, nats per token" if axes is panels[0] else None)
-        axes.set_ylim(min(known) - 0.1, min(known) + 1.5)
+        if known:
+            axes.set_ylim(min(known) - 0.1, min(known) + 1.5)
     panels[0].legend(frameon=False, fontsize=8)
     return figure
 
@@ -258,7 +260,7 @@ PLOTS: Mapping[str, tuple[Callable[[Measurements], Figure | None], str]] = {
     "memory_parts": (memory_parts, "What the peak is made of, each model at its largest depth."),
     "learning_curves": (
         learning_curves,
-        "Training loss against tokens, time and operations; means over the seeds.",
+        "Training loss against tokens, operations and time; means over the seeds.",
     ),
     "loss_against_evaluations": (
         loss_against_evaluations,

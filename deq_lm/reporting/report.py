@@ -46,8 +46,9 @@ th, td { padding: 0.25rem 0.7rem 0.25rem 0; text-align: right; vertical-align: b
   border-bottom: 1px solid var(--line); }
 th { font-weight: 600; } td { white-space: nowrap; } td.prose { white-space: normal; text-align: left; min-width: 16rem; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--paper); }
-figure { margin: 1.2rem 0; } figcaption, .soft { color: var(--soft); font-size: 0.9rem; }
-svg { max-width: 100%; height: auto; color: var(--ink); }
+table { margin-top: 0.8rem; } figure { margin: 1.2rem 0; overflow-x: auto; }
+figcaption, .soft { color: var(--soft); font-size: 0.9rem; }
+svg { max-width: 100%; min-width: 30rem; height: auto; color: var(--ink); }
 """
 
 

@@ -228,7 +228,7 @@ def _memory(measurements: Measurements) -> Section | None:
 
 def _learning(measurements: Measurements) -> Section | None:
     plots = _plots(measurements, "learning_curves")
-    text = "Seconds are of training steps alone, on the machine of the run."
+    text = "Seconds are steps times the time of one, measured in turns: runs may have shared their machine."
     return Section("Learning", [text], (), plots) if plots else None
 
 
