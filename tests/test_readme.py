@@ -8,7 +8,9 @@ import pytest
 
 from deq_lm.evaluation import EvaluationResult, read_record
 from deq_lm.modeling import builders
+from deq_lm.reporting import read_measurements, read_published, write_markdown, write_report
 from deq_lm.reporting.readme import TABLE, with_numbers
+from deq_lm.training.strict_yaml import read_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
@@ -69,3 +71,20 @@ def test_the_demo_says_whether_it_beats_the_bigram():
     result = read_record(ROOT / place, EvaluationResult)
     loses = result.perplexity.nats_per_token > result.bigram.nats_per_token
     assert loses == ("the model loses to\nthe bigram" in README)
+
+
+def test_the_committed_report_is_of_the_committed_results(tmp_path):
+    """As `make report` makes it; plots aside, which another version of matplotlib may draw otherwise."""
+    makefile = (ROOT / "Makefile").read_text("utf-8")
+    (places,) = re.findall(r"^COMPARED := (.+)$", makefile, flags=re.MULTILINE)
+    titles = re.findall(r'--title "(.+)"', makefile)
+    measurements = read_measurements([ROOT / place for place in places.split()])
+    write_report(measurements, read_published(ROOT / "eval/reference/published.yaml"), tmp_path, title=titles[0])
+    for name in ("report.md", "tables.json"):
+        assert (tmp_path / name).read_text("utf-8") == (ROOT / "eval" / "report" / name).read_text("utf-8"), name
+    plots = {path.name for path in tmp_path.glob("*.svg")}
+    assert plots == {path.name for path in (ROOT / "eval" / "report").glob("*.svg")}
+    ablations = read_measurements([ROOT / "eval/results/ablations"])
+    notes = read_yaml(ROOT / "eval/results/ablations/notes.yaml")
+    write_markdown(ablations, tmp_path / "ABLATIONS.md", title=titles[1], notes=notes)
+    assert (tmp_path / "ABLATIONS.md").read_text("utf-8") == (ROOT / "eval/results/ABLATIONS.md").read_text("utf-8")

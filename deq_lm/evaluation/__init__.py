@@ -1,7 +1,7 @@
 """Measure a trained model: perplexity, causality, memory; the number in the log and the number in the report are one."""
 
 from deq_lm.evaluation.causality import CausalityAudit, audit_causality
-from deq_lm.evaluation.comparison import Compared, compare, is_best_by_evidence, model_name
+from deq_lm.evaluation.comparison import Compared, compare, is_best_by_evidence, model_name, paired_difference
 from deq_lm.evaluation.config import EvaluationConfig
 from deq_lm.evaluation.evaluate import evaluate
 from deq_lm.evaluation.perplexity import Perplexity, PerplexityResult, evaluate_perplexity
@@ -22,6 +22,7 @@ __all__ = [
     "evaluate_perplexity",
     "is_best_by_evidence",
     "model_name",
+    "paired_difference",
     "read_record",
     "render",
     "write_record",

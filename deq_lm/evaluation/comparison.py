@@ -84,6 +84,23 @@ def modelmodel_name(result: EvaluationResult) -> str:
     return result.recipe["name"] if result.recipe is not None else str(result.location)
 
 
+def paired_difference(results: Sequence[EvaluationResult], name: str, other: str) -> tuple[float, float | None] | None:
+    """Nats per token of one model less those of another, run by run of the same seed.
+
+    Runs of a seed begin with the same draws and read the same text in the same order, so that what they share cancels.
+
+    Returns:
+        The mean and the half width of its 95 % interval, None for a single pair; None if no seed is common to both.
+    """
+    losses: dict[str, dict[int, float]] = {name: {}, other: {}}
+    for result in results:
+        nats = result.perplexity.nats_per_token
+        if model_name(result) in losses and nats is not None:
+            losses[model_name(result)][result.seed] = nats
+    differences = [losses[name][seed] - losses[other][seed] for seed in losses[name].keys() & losses[other].keys()]
+    return (statistics.fmean(differences), _interval(differences)) if differences else None
+
+
 def model_name(result: EvaluationResult) -> str:
     """What a result's model is called in comparisons."""
     return result.recipe["name"] if result.recipe is not None else str(result.location)

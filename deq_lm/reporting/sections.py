@@ -8,13 +8,13 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from deq_lm.evaluation import EvaluationResult, compare, is_best_by_evidence, model_name
+from deq_lm.evaluation import EvaluationResult, compare, is_best_by_evidence, model_name, paired_difference
 from deq_lm.evaluation.records import Record
 from deq_lm.reporting.measurements import Measurements
 from deq_lm.reporting.plots import PLOTS, own_memory
 from deq_lm.reporting.published import Published
 from deq_lm.structure import differences
-from deq_lm.suites import ConvergenceResult, CostResult, MemoryResult
+from deq_lm.suites import DECIDES_NO_WEIGHT, ConvergenceResult, CostResult, MemoryResult
 
 Row = Mapping[str, str]
 
@@ -58,13 +58,14 @@ def sections_of(
     Args:
         measurements: what to show.
         published: numbers to show beside them.
-        notes: what a model taught, by its name; with them the settings are shown in which the models differ.
+        notes: what a model taught, by its name; with them the settings are shown in which the models differ from the
+            first of them.
 
     Raises:
         DataError: results of one text were not measured alike.
     """
     made = [
-        _headline(measurements),
+        _headline(measurements, next(iter(notes), None) if notes else None),
         _differences(measurements, notes),
         _published(published),
         _memory(measurements),
@@ -78,14 +79,24 @@ def sections_of(
     return [section for section in made if section is not None]
 
 
-def headline_rows(measurements: Measurements, results: Sequence[EvaluationResult]) -> list[Row]:
-    """The table that says it all: a model a row, the lowest loss first."""
+def headline_rows(
+    measurements: Measurements, results: Sequence[EvaluationResult], *, rival: str | None = None
+) -> list[Row]:
+    """The table that says it all: a model a row, the lowest loss first.
+
+    Args:
+        measurements: bytes and times.
+        results: losses, of one text.
+        rival: the model to say the difference to; None is the first there is.
+    """
     cost_result, memory_result = measurements.first(CostResult), measurements.first(MemoryResult)
     costs = {row.model: row for row in (cost_result.rows if cost_result else ())}
     base_cost = cost_result.rows[0].training_seconds if cost_result else None
     base_memory = own_memory(measurements, memory_result.rows[0].model, results) if memory_result else None
     rows = []
     compared = compare(results)
+    names = {row.name for row in compared}
+    rival = next((name for name in (rival, *measurements.models()) if name in names), "")
     best = compared[0] if is_best_by_evidence(compared) else None
     for row in compared:
         cost, memory = costs.get(row.name), own_memory(measurements, row.name, results)
@@ -99,6 +110,7 @@ def headline_rows(measurements: Measurements, results: Sequence[EvaluationResult
                 "perplexity per word": _number(row.word_perplexity, ",.1f"),
                 "nats per token": _number(row.nats_per_token, ".3f")
                 + ("" if row.interval is None else f" +- {row.interval:.3f}"),
+                f"difference to {rival}": "-" if row.name == rival else _difference(results, row.name, rival),
                 "bits per byte": _number(row.bits_per_byte, ".3f"),
                 "evaluations": _number(row.evaluations, ".1f"),
                 "activations": _ratio(
@@ -110,6 +122,14 @@ def headline_rows(measurements: Measurements, results: Sequence[EvaluationResult
             }
         )
     return rows
+
+
+def _difference(results: Sequence[EvaluationResult], name: str, rival: str) -> str:
+    found = paired_difference(results, name, rival)
+    if found is None:
+        return "-"
+    mean, interval = found
+    return f"{mean:+.3f}" + ("" if interval is None else f" +- {interval:.3f}")
 
 
 def published_rows(published: Published) -> list[Row]:
@@ -130,14 +150,14 @@ def published_rows(published: Published) -> list[Row]:
     ]
 
 
-def _headline(measurements: Measurements) -> Section | None:
+def _headline(measurements: Measurements, rival: str | None) -> Section | None:
     texts = measurements.texts()
     if not texts:
         return None
     tables, protocols = [], []
     for name, results in texts.items():
         first = results[0]
-        tables.append(Table(name, _without_empty(headline_rows(measurements, results))))
+        tables.append(Table(name, _without_empty(headline_rows(measurements, results, rival=rival))))
         words = "" if first.perplexity.num_words is None else f", {first.perplexity.num_words:,} words"
         protocols.append(
             f"{name}: {first.perplexity.num_tokens:,} tokens{words}, each token scored once; {first.evaluation.batch_size} "
@@ -147,9 +167,10 @@ def _headline(measurements: Measurements) -> Section | None:
         )
     explanation = (
         "Means over the runs, with the 95 % interval of the mean. An asterisk marks the lowest loss only if its interval "
-        "and all others are apart; without one no model is better than another by this evidence. Activations are the most "
-        "bytes recorded for a backward pass at any time of a training step, and in brackets their ratio to the first "
-        "model's of the suite; times likewise. Evaluations: of the cell in a solve when scoring, mean."
+        "and all others are apart; without one no model is better than another by this evidence. Differences are of nats "
+        "per token, paired by seed. Activations are the most bytes recorded for a backward pass at any time of a training "
+        "step, and in brackets their ratio to the first model's of the suite; times likewise. Evaluations: of the cell in "
+        "a solve when scoring, mean."
     )
     return Section("Models side by side", [*protocols, explanation], tables)
 
@@ -159,11 +180,15 @@ def _differences(measurements: Measurements, notes: Mapping[str, str] | None) ->
     if notes is None or not texts:
         return None
     results = next(iter(texts.values()))
-    first = next((result for result in results if model_name(result) in notes), results[0])
+    by_name = {model_name(result): result for result in results}
+    first = next((by_name[name] for name in notes if name in by_name), results[0])
     rows = []
     for row in compare(results):
-        (own, *_) = (result for result in results if model_name(result) == row.name)
-        found = differences(first.recipe or {}, own.recipe or {}, _OF_A_RUN)
+        own = by_name[row.name]
+        depth = own.model["depth"]
+        found = [f"model.depth: {depth}"]  # what else differs follows from it
+        if depth == first.model["depth"]:
+            found = differences(first.recipe or {}, own.recipe or {}, _OF_A_RUN)
         rows.append(
             {
                 "model": row.name,
@@ -175,8 +200,8 @@ def _differences(measurements: Measurements, notes: Mapping[str, str] | None) ->
     return Section("One change at a time", (), [Table(f"differences from {model_name(first)}", rows)])
 
 
-_OF_A_RUN = ("name", "seed", "data.cache_dir", "data.tokenizer", "data.vocab_size", "training.output_dir", "evaluation")
-"""Settings of a recipe that tell runs apart and decide nothing of what they learn."""
+_OF_A_RUN = (*DECIDES_NO_WEIGHT, "seed", "data.tokenizer", "data.vocab_size", "model.evaluation_stopping")
+"""Settings of a recipe that tell runs apart, and decide nothing of what they learn."""
 
 
 def _published(published: Published | None) -> Section | None:

@@ -6,9 +6,10 @@ from deq_lm.suites.cost import CostResult
 from deq_lm.suites.learning import LearningResult
 from deq_lm.suites.memory import MemoryResult
 from deq_lm.suites.run import run_suite
-from deq_lm.suites.subjects import Subject, subjects_of
+from deq_lm.suites.subjects import DECIDES_NO_WEIGHT, Subject, subjects_of
 
 __all__ = [
+    "DECIDES_NO_WEIGHT",
     "ConvergenceResult",
     "CostResult",
     "LearningResult",

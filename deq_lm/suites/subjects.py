@@ -18,7 +18,7 @@ from deq_lm.suites.config import ModelConfig, Suite
 from deq_lm.training.recipe import Recipe, load_recipe
 from deq_lm.training.run_folder import RunFolder
 
-_DECIDES_NO_WEIGHT = (
+DECIDES_NO_WEIGHT = (
     "name",
     "data.data_dir",
     "data.cache_dir",
@@ -172,7 +172,7 @@ def _by_recipe(name: str, path: str, overrides: Sequence[str], seed: int, runs: 
     recipe = load_recipe(path, [*overrides, f"seed={seed}"])
     recipe = replace(recipe, training=replace(recipe.training, output_dir=str(run.path)))
     if run.recipe.is_file():
-        there = differences(to_mapping(load_recipe(run.recipe)), to_mapping(recipe), _DECIDES_NO_WEIGHT)
+        there = differences(to_mapping(load_recipe(run.recipe)), to_mapping(recipe), DECIDES_NO_WEIGHT)
         if there:
             raise CheckpointError(
                 f"{run.path}: is of another recipe ({'; '.join(there)}). Give the same settings, or another --runs."

@@ -10,7 +10,7 @@ import pytest
 from tiny_run import make_recipe
 
 from deq_lm.errors import DataError
-from deq_lm.evaluation import EvaluationResult, compare, is_best_by_evidence, read_record
+from deq_lm.evaluation import EvaluationResult, compare, is_best_by_evidence, paired_difference, read_record
 from deq_lm.training import train
 
 SCRIPT = Path(__file__).resolve().parents[2] / "eval" / "report.py"
@@ -66,6 +66,20 @@ def test_the_lowest_is_first_and_best_only_if_the_intervals_are_apart(measured: 
     assert best(a=[3.0, 3.5], b=[2.0, 2.5]) == (["b", "a"], False)  # a difference, but of two runs that differ as much
     assert best(a=[3.0], b=[2.0]) == (["b", "a"], False)  # one run has no interval
     assert best(a=[3.0, 3.01]) == (["a"], False)  # of nothing
+
+
+def test_a_difference_is_paired_by_seed(measured: EvaluationResult):
+    losses = {"a": {0: 3.0, 1: 5.0, 2: 4.0}, "b": {0: 2.9, 1: 4.8, 3: 9.0}}
+    results = [
+        like(measured, name=name, nats_per_token=nats, seed=seed)
+        for name, seeds in losses.items()
+        for seed, nats in seeds.items()
+    ]
+    mean, interval = paired_difference(results, "b", "a")
+    assert mean == pytest.approx(-0.15)
+    assert interval == pytest.approx(12.706 * math.sqrt(2 * 0.05**2) / math.sqrt(2), rel=1e-3)
+    assert paired_difference(results[:1] + results[3:4], "a", "b") == (pytest.approx(0.1), None)
+    assert paired_difference(results[2:], "a", "b") is None
 
 
 @pytest.mark.parametrize(
