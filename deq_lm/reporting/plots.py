@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, ScalarFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from deq_lm.evaluation import EvaluationResult, compare, model_name
 from deq_lm.reporting.measurements import Measurements
@@ -209,11 +209,13 @@ def cost_frontier(measurements: Measurements) -> Figure | None:
                     fmt="o",
                     color=_color(measurements, name),
                     capsize=3,
+                    label=name,
                 )
-                axes.annotate(name, (point[key], point["nats"]), textcoords="offset points", xytext=(6, 5), fontsize=8)
         _axes(axes, label, "test loss, nats per token" if axes is panels[0] else None)
         axes.set_xscale("log")
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.margins(x=0.35, y=0.25)
+    panels[0].legend(frameon=False, fontsize=8)
     return figure
 
 
