@@ -79,11 +79,6 @@ def is_best_by_evidence(rows: Sequence[Compared]) -> bool:
     return all(best.nats_per_token + (best.interval or 0) < row.nats_per_token - (row.interval or 0) for row in others)
 
 
-def modelmodel_name(result: EvaluationResult) -> str:
-    """What a result's model is called in comparisons."""
-    return result.recipe["name"] if result.recipe is not None else str(result.location)
-
-
 def paired_difference(results: Sequence[EvaluationResult], name: str, other: str) -> tuple[float, float | None] | None:
     """Nats per token of one model less those of another, run by run of the same seed.
 

@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -103,21 +103,6 @@ def read_record(path: Path, *kinds: type[R]) -> R:
         return build(by_name[kind], mapping, where=kind)
     except ConfigError as error:
         raise DataError(f"{path}: damaged: {error} Measure again.") from error
-
-
-def read_records(places: Sequence[Path], *kinds: type[R]) -> list[tuple[Path, R]]:
-    """The records in files, and in all .json files of folders, with where each was.
-
-    Raises:
-        DataError: as `read_record`, or a folder holds none.
-    """
-    files = []
-    for place in places:
-        found = sorted(place.glob("*.json")) if place.is_dir() else [place]
-        if not found:
-            raise DataError(f"{place}: no .json file in it. Give a folder that eval/run.py wrote.")
-        files += found
-    return [(file, read_record(file, *kinds)) for file in files]
 
 
 def environment() -> dict[str, Any]:

@@ -105,6 +105,7 @@ def headline_rows(
                 "model": row.name + (" *" if row is best else ""),
                 "parameters": f"{row.parameters.total:,}",
                 "outside embedding": f"{row.parameters.other:,}",
+                "tokens trained on": _number(row.training_tokens, ",d"),
                 "runs": str(row.num_seeds),
                 "nats per word": _number(row.nats_per_word, ".3f"),
                 "perplexity per word": _number(row.word_perplexity, ",.1f"),
@@ -113,6 +114,7 @@ def headline_rows(
                 f"difference to {rival}": "-" if row.name == rival else _difference(results, row.name, rival),
                 "bits per byte": _number(row.bits_per_byte, ".3f"),
                 "evaluations": _number(row.evaluations, ".1f"),
+                "converged": _number(row.share_converged, ".1%"),
                 "activations": _ratio(
                     memory and memory.most_activations, base_memory and base_memory.most_activations, 1e6, "MB"
                 ),

@@ -41,11 +41,10 @@ def run_suite(suite: Suite, subjects: Sequence[Subject], output: Path) -> None:
         ConfigError, DataError: what training and measuring raise.
     """
     needs_training = suite.evaluation or suite.cost or suite.convergence
-    for subject in subjects:
-        if needs_training and not subject.is_trained:
-            if not suite.train:
-                subject.check_is_trained()
+    for subject in subjects if needs_training else ():
+        if suite.train and not subject.is_trained:
             train_run(subject)
+        subject.check_is_trained()
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -56,19 +55,14 @@ def run_suite(suite: Suite, subjects: Sequence[Subject], output: Path) -> None:
         write_record(output / f"{name}.json", record)
         print(f"written: {output / name}.json", flush=True)
 
-    for subject in subjects if suite.evaluation else ():
-        write(
-            f"evaluation_{subject.label}", evaluate_subject(subject, suite.evaluation.split if suite.evaluation else "")
-        )
     for subject in subjects:
+        if suite.evaluation is not None:
+            write(f"evaluation_{subject.label}", evaluate_subject(subject, suite.evaluation.split))
         if subject.run.metrics.is_file():
             write(f"learning_{subject.label}", read_learning(suite.name, subject))
-    if suite.convergence is not None:
-        for subject in subjects:
-            if subject.recipe.model_config.depth == "equilibrium":
-                write(
-                    f"convergence_{subject.label}", measure_convergence(suite.name, subject, suite.convergence, device)
-                )
+        if suite.convergence is not None and subject.recipe.model_config.depth == "equilibrium":
+            result = measure_convergence(suite.name, subject, suite.convergence, device)
+            write(f"convergence_{subject.label}", result)
     if suite.memory is not None:
         write("memory", measure_memory(suite.name, subjects, suite.memory, device))
     if suite.cost is not None:
