@@ -22,7 +22,6 @@ class Compared:
 
     Attributes:
         name: of the recipe.
-        depth: "equilibrium", "unrolled", "stack".
         num_seeds: how many runs.
         parameters: of the model.
         training_tokens: targets trained on; None if the recipe is not known.
@@ -34,7 +33,6 @@ class Compared:
     """
 
     name: str
-    depth: str
     num_seeds: int
     parameters: ParameterCount
     training_tokens: int | None
@@ -122,7 +120,6 @@ def _row(name: str, results: Sequence[EvaluationResult]) -> Compared:
     is_solved = results[0].model["depth"] == "equilibrium" and bool(solves)
     return Compared(
         name=name,
-        depth=results[0].model["depth"],
         num_seeds=len(results),
         parameters=count_parameters(_config(results[0].model)),
         training_tokens=_training_tokens(results[0].recipe),
