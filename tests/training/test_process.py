@@ -21,10 +21,14 @@ def test_the_first_signal_is_noted_and_the_handlers_are_given_back(number):
 
 
 def test_a_second_interrupt_is_not_swallowed():
-    with StopSignal():
-        os.kill(os.getpid(), signal.SIGINT)
-        with pytest.raises(KeyboardInterrupt):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        with StopSignal():
             os.kill(os.getpid(), signal.SIGINT)
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_launcher_that_started_one_process_of_several_is_noticed(monkeypatch, caplog):
