@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from deq_lm.adjoints import Adjoint, Implicit, Unrolled
 from deq_lm.cells.base import Cell
 from deq_lm.cells.memory import Memory
-from deq_lm.regularizers import jacobian_frobenius
+from deq_lm.regularizers import jacobian_penalty
 from deq_lm.solvers import Broyden, FixedPointSolver, Picard, Solution, StoppingRule, solve
 
 
@@ -23,7 +23,7 @@ class SegmentOutput:
         output: f(z*), (B, L, D), with the gradient.
         memory: what the next segment may attend to; None if the cell keeps none.
         solution: the forward solve's facts, without gradient; None where nothing is solved.
-        jacobian: `jacobian_frobenius` at z*, if asked for.
+        jacobian: `jacobian_penalty` at z*, if asked for.
     """
 
     output: Tensor
@@ -120,7 +120,7 @@ class Equilibrium(nn.Module):
             solution = run(f, z0)
             output = solution.image
         output = output.to(x.dtype)
-        jacobian = jacobian_frobenius(f, solution.z) if estimate_jacobian else None
+        jacobian = jacobian_penalty(f, solution.z) if estimate_jacobian else None
         return SegmentOutput(output, self.cell.remember(f, output, x, memory), solution, jacobian)
 
     def _keep_adjoint_solution(self, solution: Solution) -> None:

@@ -64,6 +64,7 @@ class BoundCell:
     Attributes:
         evaluate: (z, tensors) -> f(z), both (B, L, D); pure.
         tensors: what f reads, by name.
+        batch_axes: of those that differ between sequences, which axis is B; all others are shared by the sequences.
         dtype: what f computes in. A solver's state is wider where this is half precision, and is converted at the door.
         autocast: the mixed-precision state at `bind`; every evaluation runs under it, the backward pass included.
         key_mask: (B, L) bool, False at padding; None if there is none.
@@ -71,6 +72,7 @@ class BoundCell:
 
     evaluate: Callable[[Tensor, Mapping[str, Tensor]], Tensor]
     tensors: Mapping[str, Tensor]
+    batch_axes: Mapping[str, int]
     dtype: torch.dtype
     autocast: Autocast
     key_mask: Tensor | None = None
@@ -88,6 +90,14 @@ class BoundCell:
     def with_inputs(self, inputs: Sequence[Tensor]) -> BoundCell:
         """The same f reading `inputs` (ordered as `self.inputs`) instead of its own."""
         return replace(self, tensors={**self.tensors, **dict(zip(self._differentiable(), inputs, strict=True))})
+
+    def select(self, sequences: slice) -> BoundCell:
+        """The same f of some of the sequences, each computed as before."""
+        chosen = {
+            name: self.tensors[name][(slice(None),) * axis + (sequences,)] for name, axis in self.batch_axes.items()
+        }
+        key_mask = None if self.key_mask is None else self.key_mask[sequences]
+        return replace(self, tensors={**self.tensors, **chosen}, key_mask=key_mask)
 
     def _differentiable(self) -> list[str]:
         return [name for name, tensor in self.tensors.items() if tensor.requires_grad]

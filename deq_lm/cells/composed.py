@@ -32,7 +32,8 @@ class ComposedCell(Cell):
         past = [None] * len(blocks) if memory is None else memory.parts(len(blocks))
         bound = [block.bind(x, part, key_mask) for block, part in zip(blocks, past, strict=True)]
         tensors = {f"{i}.{name}": tensor for i, f in enumerate(bound) for name, tensor in f.tensors.items()}
-        return BoundCell(_Chain(bound), tensors, bound[0].dtype, bound[0].autocast, key_mask)
+        batch_axes = {f"{i}.{name}": axis for i, f in enumerate(bound) for name, axis in f.batch_axes.items()}
+        return BoundCell(_Chain(bound), tensors, batch_axes, bound[0].dtype, bound[0].autocast, key_mask)
 
     def remember(self, f: BoundCell, z: Tensor, x: Tensor, memory: Memory | None) -> Memory | None:
         if self.mem_len == 0:

@@ -187,7 +187,12 @@ class TransformerXLCell(Cell):
         if self.training and self.config.dropout > 0:
             tensors["attention_dropout"] = variational_mask(x, self.config.dropout)
             tensors["output_dropout"] = variational_mask(x, self.config.dropout)
-        return BoundCell(self.evaluate, tensors, x.dtype, autocast, key_mask)
+        axes = {"mask": 0, "memory_key": 1, "memory_value": 1}
+        axes |= dict.fromkeys(("injection", "input", "attention_dropout", "output_dropout"), 0)
+        if tensors["mask"].dim() == 2:  # without padding, the same for all
+            del axes["mask"]
+        batch_axes = {name: axis for name, axis in axes.items() if name in tensors}
+        return BoundCell(self.evaluate, tensors, batch_axes, x.dtype, autocast, key_mask)
 
     def evaluate(self, z: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         """f(z), (B, L, D), reading nothing but `tensors`."""

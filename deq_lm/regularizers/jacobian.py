@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from deq_lm.cells.base import BoundCell
+
+PENALTY_PARTS = 4
+"""Parts of a batch `jacobian_penalty` goes through one after the other: the fewest that need less memory than the rest of a
+training step does."""
 
 
 def jacobian_frobenius(f: Callable[[Tensor], Tensor], z: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
@@ -31,6 +40,47 @@ def jacobian_frobenius(f: Callable[[Tensor], Tensor], z: Tensor, *, generator: t
         direction = torch.randn(z.shape, dtype=image.dtype, device=z.device, generator=generator)
         (product,) = torch.autograd.grad(image, z, direction, create_graph=True)
     return product.square().sum() / z.numel()
+
+
+def jacobian_penalty(f: BoundCell, z: Tensor) -> Tensor:
+    """`jacobian_frobenius`, to be added to a loss: its value and gradient in little memory.
+
+    The second backward pass runs here and not in that of the loss, one part of the sequences after the other: what is kept
+    until then is a gradient as large as the inputs of f, and not the graph of two passes through an evaluation.
+
+    Args:
+        f: the map, with its inputs in the caller's graph.
+        z: where, (B, L, D).
+
+    Returns:
+        0-dim; its gradient flows to the inputs of f, and has itself none.
+    """
+    return _Penalty.apply(f, z, *f.inputs) if torch.is_grad_enabled() and f.inputs else jacobian_frobenius(f, z)
+
+
+class _Penalty(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, f: BoundCell, z: Tensor, *inputs: Tensor) -> Tensor:
+        leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+        f = f.with_inputs(leaves)
+        value, gradients = z.new_zeros(()), [torch.zeros_like(tensor) for tensor in inputs]
+        size = math.ceil(len(z) / PENALTY_PARTS)
+        for start in range(0, len(z), size):
+            part = slice(start, start + size)
+            with torch.enable_grad():
+                of_part = jacobian_frobenius(f.select(part), z[part]) * (len(z[part]) / len(z))
+            value += of_part.detach()
+            for gradient, own in zip(gradients, torch.autograd.grad(of_part, leaves, allow_unused=True), strict=True):
+                if own is not None:
+                    gradient += own
+        ctx.save_for_backward(*gradients)
+        return value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (scale,) = grad_outputs
+        return None, None, *(scale * gradient for gradient in ctx.saved_tensors)
 
 
 def spectral_radius(

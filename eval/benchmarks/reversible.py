@@ -125,7 +125,9 @@ def make_map(name: str, dtype: Any) -> tuple[Any, Any]:
     weight = torch.randn(64, 64, dtype=torch.float64)
     weight = (0.9 * weight / torch.linalg.matrix_norm(weight, 2)).to(dtype).requires_grad_()
     tensors = {"weight": weight, "x": x}
-    return BoundCell(lambda z, t: (z @ t["weight"] + t["x"]).tanh(), tensors, dtype, Autocast.current("cpu")), x
+    return BoundCell(
+        lambda z, t: (z @ t["weight"] + t["x"]).tanh(), tensors, {"x": 0}, dtype, Autocast.current("cpu")
+    ), x
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ class LastTokenCell(Cell):
         first = torch.zeros_like(x[:, :1]) if memory is None else memory.x[:, -1:]
         before = torch.cat([first, x[:, :-1]], dim=1) @ self.before
         tensors = {"weight": self.config.gain * self.weight, "injection": x + before}
-        return BoundCell(self.evaluate, tensors, x.dtype, Autocast.current(x.device.type), key_mask)
+        return BoundCell(self.evaluate, tensors, {"injection": 0}, x.dtype, Autocast.current(x.device.type), key_mask)
 
     def evaluate(self, z: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         return torch.tanh(z @ tensors["weight"] + tensors["injection"])

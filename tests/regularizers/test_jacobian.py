@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from deq_lm.cells import TransformerXLCell, TransformerXLConfig
-from deq_lm.regularizers import jacobian_frobenius, spectral_radius
+from deq_lm.regularizers import jacobian_frobenius, jacobian_penalty, spectral_radius
 
 
 def cell_at_a_point(init_std: float = 0.4):
@@ -48,6 +48,41 @@ def test_descending_it_makes_the_map_contract():
         optimizer.step()
         values.append(value.item())
     assert values[-1] < 0.5 * values[0]
+
+
+def expected_penalty(f, z: torch.Tensor, parts: list[slice]) -> torch.Tensor:
+    """The mean of `jacobian_frobenius` over the sequences, with the same draws in the same order."""
+    return sum(jacobian_frobenius(f.select(part), z[part]) * len(z[part]) for part in parts) / len(z)
+
+
+@pytest.mark.parametrize(("num_sequences", "sizes"), [(1, [1]), (3, [1, 1, 1]), (6, [2, 2, 2]), (7, [2, 2, 2, 1])])
+def test_the_penalty_is_the_estimate_with_its_gradient(num_sequences: int, sizes: list[int]):
+    cell, *_ = cell_at_a_point()
+    draw = torch.Generator().manual_seed(8)
+    x, z = (torch.randn(num_sequences, 3, 8, dtype=torch.float64, generator=draw) for _ in range(2))
+    x.requires_grad_()
+    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+    parts = [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+    inputs = [x, *(parameter for parameter in cell.parameters() if parameter is not cell.output_norm.bias)]
+
+    torch.manual_seed(9)
+    expected = expected_penalty(cell.bind(x), z, parts)
+    torch.manual_seed(9)
+    value = jacobian_penalty(cell.bind(x), z)
+    torch.testing.assert_close(value, expected)
+    found = torch.autograd.grad(3.0 * value, inputs)
+    for gradient, other in zip(found, torch.autograd.grad(3.0 * expected, inputs), strict=True):
+        torch.testing.assert_close(gradient, other)
+
+
+def test_the_penalty_without_a_gradient_is_the_estimate():
+    cell, x, z = cell_at_a_point()
+    with torch.no_grad():
+        torch.manual_seed(9)
+        value = jacobian_penalty(cell.bind(x), z)
+        torch.manual_seed(9)
+        assert value.equal(jacobian_frobenius(cell.bind(x), z))
+    assert not value.requires_grad
 
 
 def exact_radius(f, z: torch.Tensor) -> torch.Tensor:
