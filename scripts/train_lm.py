@@ -14,8 +14,8 @@ Any setting of the recipe can be overridden by its dotted name. Everything a run
 training.output_dir, which must be new or empty, or be continued with --resume: from its newest complete
 checkpoint, or from the start if there is none yet.
 
-exit codes: 0 done; 2 a mistake in the call, the recipe, the data or the run folder; 3 the loss stopped
-being finite, or adjoint solves stopped converging and training.unconverged_adjoint says to end the run;
+exit codes: 0 done; 2 a mistake in the call, the recipe, the data or the run folder; 3 a numerical fault
+that ends the run, by training.faults or because no step in a row was without one;
 130, 143 stopped by SIGINT, SIGTERM after saving a checkpoint.
 """
 

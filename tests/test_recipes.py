@@ -95,7 +95,7 @@ def test_rivals_have_the_same_text_budget_width_and_memory_and_as_many_parameter
         "phases": (),
         "max_steps_jitter": 0,
         "jacobian": None,
-        "unconverged_adjoint": None,
+        "faults": None,
     }
     assert replace(ours.training, **of_the_depth) == replace(theirs.training, **of_the_depth)
     changed = {"recompute", "injection", "d_inner"} if theirs.model["depth"] == "stack" else {"recompute"}
@@ -156,7 +156,7 @@ def test_a_recipe_in_small_trains(path, tmp_path, monkeypatch):
         "training.batch_size=2",
         "training.segment_length=6",
         "training.schedule.warmup_steps=1",
-        "training.unconverged_adjoint.policy=ignore",
+        "training.faults.unconverged_adjoint.policy=ignore",
         "training.log_every=1",
         "training.track=false",
         "evaluation.segment_length=6",

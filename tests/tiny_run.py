@@ -56,7 +56,12 @@ def recipe_mapping(folder: Path) -> dict[str, Any]:
             "phases": [{"until": 0.25, "num_unrolled_steps": 2}],
             "max_steps_jitter": 0,
             "jacobian": {"weight": 0.1, "probability": 0.5, "growth": None},
-            "unconverged_adjoint": {"policy": "warn", "residual": 0.1},
+            "faults": {
+                "not_finite": "skip",
+                "loss_spike": {"policy": "warn", "limit": 3.0},
+                "unconverged_solve": {"policy": "ignore", "limit": 0.5},
+                "unconverged_adjoint": {"policy": "warn", "limit": 0.1},
+            },
             "mixed_precision": None,
             "log_every": 1,
             "evaluate_every": 4,

@@ -95,7 +95,7 @@ def steady(recipe: Recipe, *, regularize: bool, phase: PhaseConfig | None = None
         phases=() if phase is None else (replace(phase, until=1.0),),
         jacobian=jacobian,
         max_steps_jitter=0,
-        unconverged_adjoint=replace(training.unconverged_adjoint, policy="ignore"),
+        faults=training.faults.ignored(),
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UnusedSettingWarning)  # a regularization, in a phase without

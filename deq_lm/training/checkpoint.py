@@ -40,6 +40,7 @@ from deq_lm.data.streams import ContiguousStreams
 from deq_lm.errors import CheckpointError
 from deq_lm.structure import build, differences, to_mapping
 from deq_lm.training.durable import begin_folder, publish_folder, remove_folder, write_text
+from deq_lm.training.faults import Account
 from deq_lm.training.tracking import Interval
 
 MANIFEST = "manifest.json"
@@ -52,7 +53,7 @@ MAY_CHANGE = (
     "recipe.training.output_dir",
     "recipe.training.max_steps",
     "recipe.training.phases",
-    "recipe.training.unconverged_adjoint",
+    "recipe.training.faults",
     "recipe.training.log_every",
     "recipe.training.evaluate_every",
     "recipe.training.checkpoint_every",
@@ -60,9 +61,9 @@ MAY_CHANGE = (
     "recipe.training.track",
     "recipe.evaluation",
 )
-"""Settings a run may be continued with another value of: they decide no update of the weights, or are meant to be
-raised (max_steps), or to be given up (unconverged_adjoint, that a run it has ended may go on), or are compared in another
-form (the model by its configuration, the data by a fingerprint, the phases by the steps they end at)."""
+"""Settings a run may be continued with another value of: they decide no update of the weights, or are meant to be raised
+(max_steps), or to be given up (faults: the policy that has ended a run), or are compared in another form (the model by its
+configuration, the data by a fingerprint, the phases by the steps they end at)."""
 
 logger = logging.getLogger(__name__)
 
@@ -74,16 +75,16 @@ class Progress:
     Attributes:
         step: steps taken, the skipped ones included.
         num_tokens: targets trained on.
-        num_skipped: steps whose update was left out because a loss or gradient was not finite.
-        num_skipped_unconverged: likewise, because an adjoint solve did not converge.
-        num_skipped_in_a_row: of both, how many directly precede now.
+        account: of faults.
+        num_skipped_in_a_row: steps without an update that directly precede now.
+        mean_nats_per_token: running mean of the loss, against which a spike is seen; None before the first step.
     """
 
     step: int = 0
     num_tokens: int = 0
-    num_skipped: int = 0
-    num_skipped_unconverged: int = 0
+    account: Account = field(default_factory=Account)
     num_skipped_in_a_row: int = 0
+    mean_nats_per_token: float | None = None
 
 
 @dataclass
@@ -190,8 +191,8 @@ def restore(path: Path, state: TrainingState, identity: Identity, *, rank: int) 
     state.optimizer.load_state_dict(torch.load(path / "optimizer.pt", map_location=device, weights_only=True))
     state.schedule.load_state_dict(shared["schedule"])
     state.streams.load_state_dict(own["streams"])
-    state.progress = Progress(**shared["progress"])
-    state.interval = Interval(**own["interval"])
+    state.progress = build(Progress, shared["progress"], "progress")
+    state.interval = build(Interval, own["interval"], "interval")
     remembered = {
         name: tensors[f"memory.{name}"].to(device) for name in ("z", "x", "mask") if f"memory.{name}" in tensors
     }

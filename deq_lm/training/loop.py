@@ -7,12 +7,12 @@ scheduler would step once per process.
 
 from __future__ import annotations
 
-import math
+import logging
 import random
 import signal
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from itertools import islice
@@ -25,28 +25,45 @@ from accelerate.utils import gather_object, set_seed
 from torch import Tensor, nn
 from transformers.utils.logging import disable_progress_bar
 
+from deq_lm.cells.memory import Memory
 from deq_lm.data.encoding import EncodedCorpus, prepare
-from deq_lm.data.streams import ContiguousStreams
-from deq_lm.errors import ConfigError, SolveError
+from deq_lm.data.streams import ContiguousStreams, Segment
+from deq_lm.errors import ConfigError
 from deq_lm.evaluation import PerplexityResult, evaluate, evaluate_perplexity, render, write_record
 from deq_lm.modeling import DEQLMForCausalLM, build_config
-from deq_lm.modeling.builders import build_stopping
+from deq_lm.modeling.builders import build_adjoint, build_stopping
 from deq_lm.modeling.configuration_deq_lm import ModelSettings
 from deq_lm.solvers import Solution
 from deq_lm.structure import to_mapping
 from deq_lm.training import checkpoint
-from deq_lm.training.checkpoint import Identity, Progress, TrainingState
+from deq_lm.training.checkpoint import Identity, TrainingState
 from deq_lm.training.durable import begin_folder, publish_folder
+from deq_lm.training.faults import (
+    RETRY_BUDGET,
+    Policy,
+    describe_account,
+    describe_faults,
+    find_faults,
+    give_up,
+    nan_as_inf,
+    sternest_policy,
+    worst_solve,
+)
 from deq_lm.training.optimizer import make_optimizer
-from deq_lm.training.phases import comparable_phases, plan_step, stretches
+from deq_lm.training.phases import StepPlan, comparable_phases, plan_step, stretches
 from deq_lm.training.process import StopSignal, warn_of_missing_processes
-from deq_lm.training.recipe import Recipe, TrainingConfig
+from deq_lm.training.recipe import Recipe
 from deq_lm.training.run_folder import RunFolder
 from deq_lm.training.schedules import make_schedule
 from deq_lm.training.tracking import Interval, Tracker, summarize
 
-MAX_SKIPPED_IN_A_ROW = 10
-"""Steps in a row without an update before a run gives up."""
+logger = logging.getLogger(__name__)
+
+BFLOAT16_FLOOR = 2.0**-8
+"""The relative residual at which bfloat16's rounding, of 8 bits, ends a solve: measured, 2e-3 to 4e-3."""
+
+MEMORY_OF_LOSS = 10
+"""Steps that the running mean of the loss goes back over, against which a spike is seen."""
 
 
 @dataclass(frozen=True)
@@ -55,16 +72,16 @@ class StepResult:
 
     Attributes:
         grad_norm: global norm of the gradient before clipping.
-        adjoint_residual: largest relative residual of an adjoint solve, inf for one that is not a number; 0 without any.
-        finite: whether loss and gradient were finite on every process.
-        unconverged: whether they were, and an adjoint solve did not converge (`UnconvergedAdjointConfig`).
+        faults: see `find_faults`; of a step that was computed twice, the second time.
+        policy: what became of it.
+        records: of each time it had faults that are not ignored, what is to be kept of them.
         interrupted: whether a process has been asked to stop.
     """
 
     grad_norm: float
-    adjoint_residual: float
-    finite: bool
-    unconverged: bool
+    faults: Mapping[str, float | None]
+    policy: Policy
+    records: Sequence[Mapping[str, Any]]
     interrupted: bool
 
 
@@ -81,9 +98,8 @@ def train(recipe: Recipe, *, resume: bool = False) -> int | None:
 
     Raises:
         ConfigError, DataError, CheckpointError: before anything is written.
-        FloatingPointError: there was no update `MAX_SKIPPED_IN_A_ROW` times in a row, and the last time because loss or
-            gradient were not finite.
-        SolveError: the last time because an adjoint solve did not converge; or it did not once, if the recipe says so.
+        FloatingPointError: loss or gradient were not finite, or the loss jumped, so often or once, as the recipe says.
+        SolveError: a solve did not converge, likewise.
     """
     settings = recipe.training
     accelerator = Accelerator(mixed_precision=settings.mixed_precision)
@@ -94,6 +110,8 @@ def train(recipe: Recipe, *, resume: bool = False) -> int | None:
             "training.mixed_precision=bf16."
         )
     warn_of_missing_processes(accelerator.num_processes)
+    if accelerator.mixed_precision == "bf16":
+        warn_of_precision_floor(recipe)
     disable_progress_bar()  # the library's, for every save; a run has its own
     run = RunFolder(Path(settings.output_dir))
     run.check(resume=resume)
@@ -152,15 +170,18 @@ def train(recipe: Recipe, *, resume: bool = False) -> int | None:
             lr = schedule.get_last_lr()[0]
             result = train_step(accelerator, wrapped, state, recipe, stop_requested=stop.number is not None)
             tracker.advance()
-            if not result.finite:
+            for record in result.records:
+                tracker.record(progress.step, "fault", record)
+            if "not_finite" in result.faults:
                 tracker.say(f"step {progress.step}: loss or gradient not finite; update skipped, memory dropped")
-            give_up_if_hopeless(result, progress, settings)
+            give_up(progress.step, settings.faults, result.faults, num_skipped_in_a_row=progress.num_skipped_in_a_row)
             if is_due(progress.step, settings.log_every):
                 metrics = summarize(gather_object([state.interval]))
-                grad_norm = result.grad_norm if result.finite else None
+                grad_norm = None if "not_finite" in result.faults else result.grad_norm
                 tracker.log(progress.step, "train", {**metrics, "lr": lr, "grad_norm": grad_norm})
-                if metrics["adjoint_unconverged"] and settings.unconverged_adjoint.policy != "ignore":
-                    tracker.say(describe_unconverged(progress.step, state.interval, metrics, settings))
+                interval = state.interval
+                for line in describe_faults(progress.step, settings.faults, interval.account, interval.num_steps):
+                    tracker.say(line)
                 state.interval = Interval()
             if is_due(progress.step, settings.evaluate_every):
                 validate(accelerator, model, corpus, recipe, tracker, progress.step)
@@ -172,6 +193,8 @@ def train(recipe: Recipe, *, resume: bool = False) -> int | None:
             if result.interrupted and not last:
                 tracker.say(f"stopped at step {progress.step}, checkpoint saved; continue with --resume")
                 return stop.number or signal.SIGTERM
+        tracker.record(progress.step, "faults", to_mapping(progress.account))
+        tracker.say(describe_account(progress.account, progress.step))
         final_report(accelerator, model, corpus, recipe, run, tracker)
     return None
 
@@ -179,31 +202,121 @@ def train(recipe: Recipe, *, resume: bool = False) -> int | None:
 def train_step(
     accelerator: Accelerator, model: nn.Module, state: TrainingState, recipe: Recipe, *, stop_requested: bool
 ) -> StepResult:
-    """One update of the weights from `gradient_accumulation` consecutive segments of every stream.
-
-    The gradient is that of (nats of all processes and segments) / (their targets): summed, and divided once. To it comes
-    that of the Jacobian's estimate, a mean over the segments regularized or not.
+    """One update of the weights from `gradient_accumulation` consecutive segments of every stream, unless faults forbid it.
 
     The host waits for the device once, for all numbers together; besides, the solves, forward and backward, ask every
     `stopping.check_every` steps whether they are done, and an adaptive softmax once a segment where its targets lie.
     """
     settings, progress, interval = recipe.training, state.progress, state.interval
     start = time.perf_counter()
+    stopping = build_stopping(state.model.config.stopping, "model.stopping")
     plan = plan_step(
         progress.step,
         phases=settings.phases,
         num_steps=settings.num_schedule_steps,
-        stopping=build_stopping(state.model.config.stopping, "model.stopping"),
+        stopping=stopping,
         jitter=settings.max_steps_jitter,
         jacobian=settings.jacobian,
     )
+    place = state.streams.state_dict()
     segments = [state.streams.next_segment() for _ in range(settings.gradient_accumulation)]
+    records = []
+    for may_retry in (True, False):
+        gradient = compute_gradient(accelerator, model, state, recipe, plan, segments, stop_requested=stop_requested)
+        faults = find_faults(
+            settings.faults,
+            finite=gradient.finite,
+            nats_per_token=gradient.nll_nats / gradient.num_targets,
+            mean_nats_per_token=progress.mean_nats_per_token,
+            solver_residual=gradient.solver_residual,
+            adjoint_residual=gradient.adjoint_residual,
+        )
+        policy = sternest_policy(settings.faults, faults, may_retry=may_retry)
+        if policy != "ignore":
+            own = worst_solve(gradient.solves, rank=accelerator.process_index, num_streams=len(segments[0].input_ids))
+            worst = max(gather_object([own]), key=lambda solve: solve.residual)
+            records.append({"faults": faults, "policy": policy, **place, "worst_solve": worst.to_mapping()})
+        if policy != "retry":
+            break
+        state.optimizer.zero_grad()
+        for account in (progress.account, interval.account):
+            account.num_retried += 1
+        if state.model.config.depth == "equilibrium":
+            adjoint = build_adjoint(state.model.config.adjoint, "model.adjoint")
+            plan = plan.with_budget(RETRY_BUDGET, stopping, adjoint)
+
+    progress.step += 1
+    progress.num_tokens += gradient.num_targets
+    updates = gradient.finite and policy in ("ignore", "warn")
+    for account in (progress.account, interval.account):
+        account.count(faults, updated=updates)
+    state.memory = gradient.memory if gradient.finite else None  # what was not finite would be carried on
+    if gradient.finite:
+        interval.nll_nats += gradient.nll_nats
+        interval.num_targets += gradient.num_targets
+        nats, mean = gradient.nll_nats / gradient.num_targets, progress.mean_nats_per_token
+        progress.mean_nats_per_token = nats if mean is None else mean + (nats - mean) / MEMORY_OF_LOSS
+    if updates:
+        state.optimizer.step()
+    progress.num_skipped_in_a_row = 0 if updates else progress.num_skipped_in_a_row + 1
+    state.optimizer.zero_grad()
+    with nullcontext() if updates else warnings.catch_warnings():
+        if not updates:  # PyTorch takes a first step without an update for a mistake; here the rate is the step's
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
+        state.schedule.step()
+    for name, values in gradient.solves.items():
+        getattr(interval, name).extend(values)
+    interval.num_steps += 1
+    interval.seconds += time.perf_counter() - start
+    return StepResult(gradient.grad_norm, faults, policy, records, gradient.interrupted)
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """What a step has computed before its update; the gradient itself is with the weights.
+
+    Attributes:
+        memory: after the last segment.
+        nll_nats, num_targets: over all processes.
+        grad_norm: global norm before clipping.
+        finite: whether loss and gradient are, on every process.
+        solver_residual, adjoint_residual: largest of all solves of all processes, inf for NaN; 0 without any.
+        solves: of this process, by the names of `Interval`.
+        interrupted: whether a process has been asked to stop.
+    """
+
+    memory: Memory | None
+    nll_nats: float
+    num_targets: int
+    grad_norm: float
+    finite: bool
+    solver_residual: float
+    adjoint_residual: float
+    solves: Mapping[str, list[float]]
+    interrupted: bool
+
+
+def compute_gradient(
+    accelerator: Accelerator,
+    model: nn.Module,
+    state: TrainingState,
+    recipe: Recipe,
+    plan: StepPlan,
+    segments: Sequence[Segment],
+    *,
+    stop_requested: bool,
+) -> Gradient:
+    """Forward and backward passes of a step, and what is to be known of them on all processes.
+
+    The gradient is that of (nats of all processes and segments) / (their targets): summed, and divided once. To it comes
+    that of the Jacobian's estimate, a mean over the segments regularized or not.
+    """
+    settings = recipe.training
     # Streams are equally long and without padding, so every process has as many targets as this one.
     num_targets = accelerator.num_processes * sum(segment.targets.numel() for segment in segments)
-
     probability = settings.jacobian.probability if settings.jacobian is not None and plan.jacobian_weight else 0.0
     nll_nats = torch.zeros((), device=accelerator.device)
-    measured: dict[str, list[Tensor]] = {}
+    memory, measured = state.memory, dict[str, list[Tensor]]()
     for i, segment in enumerate(segments):
         # between segments nothing is exchanged; the last backward pass averages the gradient over the processes
         regularize = probability > 0 and random.random() < probability  # noqa: S311
@@ -211,7 +324,7 @@ def train_step(
             output = model(
                 segment.input_ids.to(accelerator.device),
                 targets=segment.targets.to(accelerator.device),
-                memory=None if segment.is_start else state.memory,
+                memory=None if segment.is_start else memory,
                 estimate_jacobian=regularize,
                 return_logits=False,
                 **plan.arguments(),
@@ -220,7 +333,7 @@ def train_step(
             if regularize:
                 loss = loss + output.jacobian * (plan.jacobian_weight / len(segments))
             accelerator.backward(loss)
-        state.memory = output.memory
+        memory = output.memory
         nll_nats = nll_nats + output.nll_nats.detach()
         if plan.num_unrolled_steps is None:
             solves = {"solver": output.solution, "adjoint": state.model.adjoint_solution}
@@ -233,52 +346,30 @@ def train_step(
     assert isinstance(norm, Tensor)
     not_finite = ~(torch.isfinite(nll_nats) & torch.isfinite(norm))
     facts = torch.stack([nll_nats, not_finite.to(nll_nats), torch.full_like(nll_nats, stop_requested)])
-    largest = nll_nats.new_zeros(accelerator.num_processes)  # a place for each process, so that their sum holds all
-    if "adjoint_residuals" in measured:
-        largest[accelerator.process_index] = torch.cat(measured["adjoint_residuals"]).max()  # NaN, if there is one
-    facts = torch.cat([facts, largest])
-    # Skipping and stopping are decided by all processes alike, from sums; the norm is that of all of them already.
-    total = cast(Tensor, accelerator.reduce(facts, "sum"))
+    largest = nll_nats.new_zeros(2, accelerator.num_processes)  # a place for each process, so that their sum holds all
+    judged = ("solver", "adjoint") if state.model.config.depth == "equilibrium" else ()
+    for row, name in zip(largest, judged, strict=False):
+        if f"{name}_residuals" in measured:
+            row[accelerator.process_index] = torch.cat(measured[f"{name}_residuals"]).max()  # NaN, if there is one
+    # What becomes of the step is decided by all processes alike, from sums; the norm is that of all of them already.
+    total = cast(Tensor, accelerator.reduce(torch.cat([facts, largest.flatten()]), "sum"))
     pooled = {name: torch.cat(tensors).to(total) for name, tensors in measured.items()}
     numbers = iter(torch.cat([total, norm.to(total)[None], *pooled.values()]).tolist())  # the wait for the device
     total_nats, num_not_finite, num_stops = islice(numbers, 3)
-    adjoint_residual = max(math.inf if math.isnan(number) else number for number in islice(numbers, len(largest)))
+    solver_residual, adjoint_residual = (
+        max(map(nan_as_inf, islice(numbers, accelerator.num_processes))) for _ in range(2)
+    )
     grad_norm = next(numbers)
-
-    progress.step += 1
-    progress.num_tokens += num_targets
-    finite = num_not_finite == 0
-    unconverged = finite and adjoint_residual > settings.unconverged_adjoint.residual
-    if finite:
-        interval.nll_nats += total_nats
-        interval.num_targets += num_targets
-        interval.num_unconverged += unconverged
-    else:
-        state.memory = None  # it came from the same pass, and would carry what was not finite on
-        progress.num_skipped += 1
-        interval.num_skipped += 1
-    updates = finite and (settings.unconverged_adjoint.updates or not unconverged)
-    if updates:
-        state.optimizer.step()
-        progress.num_skipped_in_a_row = 0
-    else:
-        progress.num_skipped_unconverged += unconverged
-        progress.num_skipped_in_a_row += 1
-        interval.num_skipped_unconverged += unconverged
-    state.optimizer.zero_grad()
-    with nullcontext() if updates else warnings.catch_warnings():
-        if not updates:  # PyTorch takes a first step without an update for a mistake; here the rate is the step's
-            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
-        state.schedule.step()
-    for name, values in pooled.items():
-        getattr(interval, name).extend(islice(numbers, len(values)))
-    interval.num_steps += 1
-    interval.seconds += time.perf_counter() - start
-    return StepResult(
+    solves = {name: list(islice(numbers, len(values))) for name, values in pooled.items()}
+    return Gradient(
+        memory=memory,
+        nll_nats=total_nats,
+        num_targets=num_targets,
         grad_norm=grad_norm,
+        finite=num_not_finite == 0,
+        solver_residual=solver_residual,
         adjoint_residual=adjoint_residual,
-        finite=finite,
-        unconverged=unconverged,
+        solves=solves,
         interrupted=num_stops > 0,
     )
 
@@ -286,39 +377,20 @@ def train_step(
 def facts_of(solution: Solution, *, unrolled: bool) -> dict[str, Tensor]:
     """What an `Interval` keeps of a solve, or of the evaluations of an unrolled model, (B,) each."""
     facts = {"evaluations": solution.num_evaluations, "residuals": solution.relative_residual}
-    return facts if unrolled else {**facts, "converged": solution.converged, "fallbacks": solution.used_fallback}
+    return facts if unrolled else {**facts, "outcomes": solution.outcome, "fallbacks": solution.used_fallback}
 
 
-def give_up_if_hopeless(result: StepResult, progress: Progress, settings: TrainingConfig) -> None:
-    """Raise if the step at hand must be the last, before anything is written of it; on all processes or none."""
-    policy, limit = settings.unconverged_adjoint.policy, settings.unconverged_adjoint.residual
-    too_many = progress.num_skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW
-    if too_many and not result.finite:
-        raise FloatingPointError(
-            f"step {progress.step}: loss or gradient not finite, and no update for {MAX_SKIPPED_IN_A_ROW} steps in a "
-            "row; begin a new run with a lower training.optimizer.lr or training.clip_norm."
+def warn_of_precision_floor(recipe: Recipe) -> None:
+    """Log a warning for a stopping rule of training that no solve in bfloat16 can meet."""
+    config = recipe.model_config
+    rtol = build_stopping(config.stopping, "model.stopping").rtol
+    if config.depth == "equilibrium" and rtol < BFLOAT16_FLOOR:
+        logger.warning(
+            "model.stopping.rtol=%g with mixed precision bf16: an evaluation in bfloat16 is exact to about %g, so that "
+            "solves will stall or run out of steps. Give a rtol above it, or train in float32.",
+            rtol,
+            BFLOAT16_FLOOR,
         )
-    if result.unconverged and (too_many or policy == "raise"):
-        count = f"; no update for {MAX_SKIPPED_IN_A_ROW} steps in a row" if policy == "skip" else ""
-        raise SolveError(
-            f"step {progress.step}: an adjoint solve did not converge (relative residual {result.adjoint_residual:.2g}, "
-            f"above training.unconverged_adjoint.residual={limit}){count}. The checkpoints are as they were: continue "
-            "with --resume and training.unconverged_adjoint.policy=warn, or begin a new run with a larger "
-            "model.adjoint.stopping.max_steps or training.jacobian.weight, or a lower training.optimizer.lr."
-        )
-
-
-def describe_unconverged(
-    step: int, interval: Interval, metrics: Mapping[str, float | int | None], settings: TrainingConfig
-) -> str:
-    """The steps of an interval of which an adjoint solve did not converge, in one line."""
-    largest = metrics["adjoint_residual_max"]
-    return (
-        f"step {step}: warning: an adjoint solve did not converge in {interval.num_unconverged} of {interval.num_steps} "
-        f"steps (relative residual up to {math.inf if largest is None else largest:.2g}, above "
-        f"{settings.unconverged_adjoint.residual}); their updates "
-        + ("were made with inexact gradients" if settings.unconverged_adjoint.updates else "were skipped")
-    )
 
 
 def validate(

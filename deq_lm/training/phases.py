@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 from warnings import warn
 
-from deq_lm.adjoints import Adjoint
+from deq_lm.adjoints import Adjoint, Implicit
 from deq_lm.errors import ConfigError, UnusedSettingWarning
 from deq_lm.modeling import DEQLMConfig
 from deq_lm.modeling.builders import adjoint_mapping, build_adjoint, build_solver, build_stopping
@@ -147,6 +147,25 @@ class StepPlan:
             "stopping": self.stopping,
             "adjoint": self.adjoint,
         }
+
+    def with_budget(self, factor: int, stopping: StoppingRule, adjoint: Adjoint) -> StepPlan:
+        """The same with `factor` times the steps in every solve.
+
+        Args:
+            factor: 1 or more.
+            stopping: the model's, in training.
+            adjoint: the model's.
+        """
+        if self.num_unrolled_steps is not None:
+            return self
+
+        def widened(rule: StoppingRule) -> StoppingRule:
+            return replace(rule, max_steps=factor * rule.max_steps)
+
+        adjoint = self.adjoint or adjoint
+        if isinstance(adjoint, Implicit):
+            adjoint = replace(adjoint, stopping=widened(adjoint.stopping))
+        return replace(self, stopping=widened(self.stopping or stopping), adjoint=adjoint)
 
 
 def plan_step(

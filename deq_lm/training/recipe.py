@@ -20,7 +20,9 @@ from deq_lm.data.encoding import DataConfig
 from deq_lm.errors import ConfigError, UnusedSettingWarning
 from deq_lm.evaluation import EvaluationConfig
 from deq_lm.modeling import DEQLMConfig, build_config
+from deq_lm.modeling.builders import build_stopping
 from deq_lm.structure import build, to_mapping
+from deq_lm.training.faults import FaultsConfig
 from deq_lm.training.optimizer import OptimizerConfig
 from deq_lm.training.phases import JacobianConfig, PhaseConfig, check_phases
 from deq_lm.training.schedules import ScheduleConfig
@@ -28,35 +30,6 @@ from deq_lm.training.strict_yaml import parse_yaml, read_yaml
 
 ANY_VOCAB_SIZE = 2**31 - 1
 """Stands in for a vocabulary that the data will decide while a model section is only checked: any cutoff fits."""
-
-
-@dataclass(frozen=True)
-class UnconvergedAdjointConfig:
-    """What becomes of a step of which an adjoint solve did not converge, so that its gradient is not that of the loss.
-
-    One with a loss or gradient that is not finite is skipped anyway and not counted here, nor is one without an adjoint
-    solve: of shallow pretraining, or with another adjoint than `implicit`.
-
-    Attributes:
-        policy: "ignore" only counts such steps in the metrics; "warn" reports them in the log, once per `log_every`
-            steps; "skip" reports them and leaves their updates out, though not their memory and loss, which the adjoint
-            solve has no part in; "raise" ends the run before the update and without a checkpoint of the step.
-        residual: largest relative residual of an adjoint solve, over the sequences and segments of the step in all
-            processes, that still counts as converged; > 0 and at least `rtol` of the adjoint's stopping rule, in the
-            model section and in every phase. One that is not finite never does.
-    """
-
-    policy: Literal["ignore", "warn", "skip", "raise"]
-    residual: float
-
-    def __post_init__(self) -> None:
-        if not self.residual > 0:
-            raise ValueError(f"residual={self.residual}: expected more than 0; no solve gets there.")
-
-    @property
-    def updates(self) -> bool:
-        """Whether such a step updates the weights."""
-        return self.policy in ("ignore", "warn")
 
 
 @dataclass(frozen=True)
@@ -76,7 +49,7 @@ class TrainingConfig:
         max_steps_jitter: solver steps by which the budget of a step's solves is cut at most, uniformly drawn for every step
             and process; 0 is none.
         jacobian: Jacobian regularization, or None.
-        unconverged_adjoint: see `UnconvergedAdjointConfig`.
+        faults: what becomes of a step with a numerical fault; see `deq_lm.training.faults`.
         mixed_precision: "bf16" runs the cell under autocast; None leaves it to `accelerate launch`.
         log_every: steps between lines of metrics.
         evaluate_every: steps between evaluations of the validation split, or None.
@@ -96,7 +69,7 @@ class TrainingConfig:
     phases: tuple[PhaseConfig, ...]
     max_steps_jitter: int
     jacobian: JacobianConfig | None
-    unconverged_adjoint: UnconvergedAdjointConfig
+    faults: FaultsConfig
     mixed_precision: Literal["bf16"] | None
     log_every: int
     evaluate_every: int | None
@@ -174,19 +147,24 @@ class Recipe:
             jacobian=self.training.jacobian,
             config=config,
         )
-        unconverged = self.training.unconverged_adjoint
-        tolerances = [adjoint.stopping.rtol for adjoint in adjoints if isinstance(adjoint, Implicit)]
-        if not tolerances and unconverged.policy != "ignore":
-            warn(
-                f"no effect in a run without an adjoint solve: training.unconverged_adjoint.policy={unconverged.policy}. "
-                "Give ignore, or model.adjoint.name=implicit.",
-                UnusedSettingWarning,
-            )
-        if tolerances and unconverged.residual < max(tolerances):
-            raise ValueError(
-                f"training.unconverged_adjoint.residual={unconverged.residual}: expected at least the rtol of the "
-                f"adjoint's stopping rule, {max(tolerances)}, at which a solve has converged."
-            )
+        faults = self.training.faults
+        tolerances = {
+            "unconverged_solve": [build_stopping(config.stopping, "model.stopping").rtol] if adjoints else [],
+            "unconverged_adjoint": [adjoint.stopping.rtol for adjoint in adjoints if isinstance(adjoint, Implicit)],
+        }
+        for name, rtols in tolerances.items():
+            if not rtols and faults.policy(name) != "ignore":
+                warn(
+                    f"no effect in a run without such a solve: training.faults.{name}.policy={faults.policy(name)}. Give "
+                    "ignore, or for unconverged_adjoint model.adjoint.name=implicit.",
+                    UnusedSettingWarning,
+                )
+            limit = getattr(faults, name).limit
+            if rtols and limit < max(rtols):
+                raise ValueError(
+                    f"training.faults.{name}.limit={limit}: expected at least the rtol of the stopping rule, "
+                    f"{max(rtols)}, at which a solve has converged."
+                )
 
     @property
     def model_config(self) -> DEQLMConfig:

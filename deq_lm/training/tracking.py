@@ -15,6 +15,8 @@ from typing import Any
 from accelerate.tracking import TensorBoardTracker
 from tqdm import tqdm
 
+from deq_lm.solvers.stopping import Outcome
+from deq_lm.training.faults import FAULTS, Account, nan_as_inf
 from deq_lm.training.run_folder import RunFolder
 
 
@@ -27,16 +29,14 @@ class Interval:
         num_targets: targets of the steps whose loss and gradient were finite, over all processes.
         nll_nats: their summed loss, over all processes.
         seconds: time spent in the steps.
-        num_skipped: steps without an update, because a loss or gradient was not finite.
-        num_unconverged: other steps of which an adjoint solve did not converge, see `UnconvergedAdjointConfig`.
-        num_skipped_unconverged: of these, the steps without an update.
+        account: of faults, over all processes.
         solver_evaluations: evaluations of the cell, one number per solved sequence.
         solver_residuals: relative residual of the same solves.
-        solver_converged: 1 where the stopping rule was met, else 0; none in an unrolled model, which has no rule.
+        solver_outcomes: codes of `Outcome`; none in an unrolled model, which has no rule to meet.
         solver_fallbacks: 1 where the solve went on with the fallback, else 0; likewise.
         adjoint_evaluations: the same for the adjoint solves of the backward passes.
         adjoint_residuals: likewise.
-        adjoint_converged: likewise.
+        adjoint_outcomes: likewise.
         adjoint_fallbacks: likewise.
     """
 
@@ -44,16 +44,14 @@ class Interval:
     num_targets: int = 0
     nll_nats: float = 0.0
     seconds: float = 0.0
-    num_skipped: int = 0
-    num_unconverged: int = 0
-    num_skipped_unconverged: int = 0
+    account: Account = field(default_factory=Account)
     solver_evaluations: list[float] = field(default_factory=list)
     solver_residuals: list[float] = field(default_factory=list)
-    solver_converged: list[float] = field(default_factory=list)
+    solver_outcomes: list[float] = field(default_factory=list)
     solver_fallbacks: list[float] = field(default_factory=list)
     adjoint_evaluations: list[float] = field(default_factory=list)
     adjoint_residuals: list[float] = field(default_factory=list)
-    adjoint_converged: list[float] = field(default_factory=list)
+    adjoint_outcomes: list[float] = field(default_factory=list)
     adjoint_fallbacks: list[float] = field(default_factory=list)
 
 
@@ -67,7 +65,7 @@ def summarize(intervals: Sequence[Interval]) -> dict[str, float | int | None]:
 
     def pooled(name: str) -> list[float]:
         values = [value for interval in intervals for value in getattr(interval, name)]
-        return [math.inf if math.isnan(value) else value for value in values]  # worse than any other
+        return [nan_as_inf(value) for value in values]
 
     def mean(values: list[float]) -> float | None:
         return statistics.fmean(values) if values else None
@@ -80,12 +78,19 @@ def summarize(intervals: Sequence[Interval]) -> dict[str, float | int | None]:
 
     def solves(name: str) -> dict[str, float | int | None]:
         evaluations, residuals = pooled(f"{name}_evaluations"), pooled(f"{name}_residuals")
+        outcomes = pooled(f"{name}_outcomes")
+
+        def share(*wanted: Outcome) -> float | None:
+            return mean([float(outcome in wanted) for outcome in outcomes])
+
         return {
             f"{name}_evaluations": mean(evaluations),
             f"{name}_evaluations_max": int(max(evaluations)) if evaluations else None,
             f"{name}_residual": median(residuals),
             f"{name}_residual_max": finite(max(residuals)) if residuals else None,
-            f"{name}_share_converged": mean(pooled(f"{name}_converged")),
+            f"{name}_share_converged": share(Outcome.CONVERGED),
+            f"{name}_share_stalled": share(Outcome.STALLED),
+            f"{name}_share_diverged": share(Outcome.DIVERGED, Outcome.NON_FINITE),
             f"{name}_share_fallback": mean(pooled(f"{name}_fallbacks")),
         }
 
@@ -95,9 +100,9 @@ def summarize(intervals: Sequence[Interval]) -> dict[str, float | int | None]:
         "tokens_per_second": first.num_targets / first.seconds if first.seconds else None,
         **solves("solver"),
         **solves("adjoint"),
-        "adjoint_unconverged": first.num_unconverged,
-        "skipped": first.num_skipped,
-        "skipped_unconverged": first.num_skipped_unconverged,
+        **{name: first.account.num_steps.get(name, 0) for name in FAULTS},
+        "retried": first.account.num_retried,
+        "skipped": first.account.num_skipped,
     }
 
 
@@ -150,8 +155,7 @@ class Tracker:
         """Record `values` of `step`: a line of metrics.jsonl, TensorBoard scalars `kind`/name, a line to read."""
         if not self._enabled:
             return
-        self._metrics.write(json.dumps({"step": step, "kind": kind, **values}, allow_nan=False) + "\n")
-        self._metrics.flush()
+        self.record(step, kind, values)
         if self._board is not None:
             scalars = {f"{kind}/{name}": value for name, value in values.items() if value is not None}
             self._board.log(scalars, step=step)
@@ -161,6 +165,12 @@ class Tracker:
             self.say(f"step {step}/{self._max_steps}  {readable(values)}  eta {self._eta(step)}")
         else:
             self.say(f"step {step}/{self._max_steps}  {kind}: {readable(values)}")
+
+    def record(self, step: int, kind: str, values: Mapping[str, Any]) -> None:
+        """A line of metrics.jsonl, and nothing else."""
+        if self._enabled:
+            self._metrics.write(json.dumps({"step": step, "kind": kind, **values}, allow_nan=False) + "\n")
+            self._metrics.flush()
 
     def _eta(self, step: int) -> str:
         elapsed = time.monotonic() - self._start
@@ -178,24 +188,30 @@ _READABLE = {  # name: how it is shown
     "solver_evaluations": "solver {:.1f} evaluations",
     "solver_residual": "residual {:.1e}",
     "solver_share_converged": "{:.1%} converged",
+    "solver_share_diverged": "{:.1%} diverged",
     "solver_share_fallback": "{:.1%} by fallback",
     "adjoint_evaluations": "adjoint {:.1f} evaluations",
     "adjoint_residual": "residual {:.1e}",
     "adjoint_share_converged": "{:.1%} converged",
+    "adjoint_share_diverged": "{:.1%} diverged",
     "adjoint_share_fallback": "{:.1%} by fallback",
     "lr": "lr {:.2e}",
     "grad_norm": "gradient {:.2f}",
-    "skipped": "{} skipped (not finite)",
-    "skipped_unconverged": "{} skipped (adjoint unconverged)",
+    "not_finite": "{} not finite",
+    "retried": "{} computed again",
+    "skipped": "{} without update",
 }
 
 _NORMAL = {  # name: the value that is not worth a word
     "solver_share_converged": 1,
     "solver_share_fallback": 0,
     "adjoint_share_converged": 1,
+    "adjoint_share_diverged": 0,
     "adjoint_share_fallback": 0,
+    "solver_share_diverged": 0,
+    "not_finite": 0,
+    "retried": 0,
     "skipped": 0,
-    "skipped_unconverged": 0,
 }
 
 

@@ -27,7 +27,7 @@ OVERRIDES: Mapping[str, list[str]] = {
         "model.num_layers=3",
         "training.phases=[]",
         "training.jacobian=null",
-        "training.unconverged_adjoint.policy=ignore",
+        "training.faults.unconverged_adjoint.policy=ignore",
     ],
 }
 

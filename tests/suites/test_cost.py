@@ -61,8 +61,8 @@ def test_phases_and_regularization_count_by_their_share(subjects):
     assert half.training_flops == pytest.approx(middle, rel=0.03)
     mixed = flops(phases=(shallow,), jacobian=None)
     assert mixed.training_flops_per_token == pytest.approx(plain.training_flops_per_token, rel=0.03)
-    quiet = replace(training.unconverged_adjoint, policy="ignore")
-    only = flops(phases=(replace(shallow, until=1.0),), jacobian=None, unconverged_adjoint=quiet)
+    quiet = training.faults.ignored()
+    only = flops(phases=(replace(shallow, until=1.0),), jacobian=None, faults=quiet)
     assert mixed.training_flops == pytest.approx(0.25 * only.training_flops + 0.75 * plain.training_flops, rel=0.03)
 
 

@@ -15,7 +15,8 @@ from transformers import AutoTokenizer
 from deq_lm.errors import CheckpointError, ConfigError, DataError
 from deq_lm.modeling import DEQLMForCausalLM
 from deq_lm.training import loop
-from deq_lm.training.loop import MAX_SKIPPED_IN_A_ROW, train
+from deq_lm.training.faults import MAX_SKIPPED_IN_A_ROW
+from deq_lm.training.loop import train
 from deq_lm.training.recipe import load_recipe
 
 
@@ -84,7 +85,7 @@ def test_a_step_waits_for_the_device_once_besides_its_solves(tmp_path, monkeypat
         monkeypatch.setattr(torch.Tensor, name, counted(name))
     result = one_step(recipe, state, accelerator)
     assert [name for name, _ in waits] == ["tolist"], waits
-    assert result.finite
+    assert result.faults == {}
     assert len(state.interval.solver_evaluations) == len(state.interval.adjoint_residuals) == 2 * 4
 
 
@@ -143,13 +144,13 @@ def test_a_loss_that_is_not_finite_changes_no_weight_and_is_counted(tmp_path):
     lr = state.schedule.get_last_lr()
     with forward_changed(state.model, not_finite):
         result = one_step(recipe, state, accelerator)
-    assert not result.finite
+    assert "not_finite" in result.faults
     assert all(tensor.equal(before[name]) for name, tensor in state.model.state_dict().items())
     assert state.memory is None
     assert state.schedule.get_last_lr() != lr  # the rate is a function of the step
-    assert (state.progress.step, state.progress.num_skipped, state.progress.num_skipped_in_a_row) == (4, 1, 1)
-    assert one_step(recipe, state, accelerator).finite
-    assert (state.progress.num_skipped, state.progress.num_skipped_in_a_row) == (1, 0)
+    assert (state.progress.step, state.progress.account.num_skipped, state.progress.num_skipped_in_a_row) == (4, 1, 1)
+    assert one_step(recipe, state, accelerator).faults == {}
+    assert (state.progress.account.num_skipped, state.progress.num_skipped_in_a_row) == (1, 0)
     assert not any(tensor.isnan().any() for tensor in state.model.state_dict().values())
 
 
@@ -160,7 +161,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_too(tmp_path):
     one_step(recipe, state, accelerator)
     weight = next(state.model.parameters())
     hook = weight.register_hook(lambda grad: grad * float("nan"))
-    assert not one_step(recipe, state, accelerator).finite
+    assert "not_finite" in one_step(recipe, state, accelerator).faults
     hook.remove()
     assert weight.isfinite().all()
 
@@ -252,6 +253,19 @@ def test_mixed_precision_of_the_launcher_is_looked_at(tmp_path, monkeypatch):
             train(make_recipe(tmp_path))
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize(("rtol", "warns"), [("1.0e-3", True), ("1.0e-2", False)])
+def test_a_tolerance_below_the_floor_of_bfloat16_is_warned_of(tmp_path, caplog, rtol, warns):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    recipe = make_recipe(
+        tmp_path, "training.mixed_precision=bf16", "training.max_steps=1", f"model.stopping.rtol={rtol}"
+    )
+    try:
+        train(recipe)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert ("solves will stall" in caplog.text) == warns
 
 
 def test_bfloat16_autocast_trains_float32_weights(tmp_path):

@@ -34,7 +34,7 @@ SETTINGS = (
     "training.phases=[{until: 0.25, num_unrolled_steps: 3}, "
     "{until: 0.625, max_steps: 2, adjoint: {name: phantom, num_steps: 1, relaxation: 0.5}}]",
     "model.stopping={max_steps: 5, rtol: 0.0, patience: null}",
-    "training.unconverged_adjoint.policy=ignore",
+    "training.faults.unconverged_adjoint.policy=ignore",
 )
 
 
@@ -230,7 +230,7 @@ GROWTH = "training.jacobian.growth="
         ("training.jacobian.weight=0.0", "weight=0.0: expected more than 0, or 0 with a growth"),
         (
             "training.phases=[{until: 0.5, adjoint: {name: implicit, stopping: {rtol: 0.2}}}]",
-            "residual=0.1: expected at",
+            "limit=0.1: expected at",
         ),
     ],
 )
@@ -256,7 +256,7 @@ def test_what_needs_a_solve_is_refused_without_one(tmp_path: Path, depth: str, o
         "model.stopping={}",
         "training.phases=[]",
         "training.jacobian=null",
-        "training.unconverged_adjoint.policy=ignore",
+        "training.faults.unconverged_adjoint.policy=ignore",
     )
     make_recipe(tmp_path, *rival)
     with pytest.raises(ConfigError, match=words):
@@ -265,10 +265,10 @@ def test_what_needs_a_solve_is_refused_without_one(tmp_path: Path, depth: str, o
 
 def test_the_policy_for_adjoint_solves_looks_at_the_adjoints_of_all_phases(tmp_path: Path):
     jacobian_free = "model.adjoint={name: jacobian_free}"
-    with pytest.warns(UnusedSettingWarning, match="no effect in a run without an adjoint solve"):
+    with pytest.warns(UnusedSettingWarning, match="no effect in a run without such a solve"):
         make_recipe(tmp_path, jacobian_free)
     make_recipe(tmp_path, jacobian_free, "training.phases=[{until: 0.5, adjoint: {name: implicit}}]")
-    with pytest.warns(UnusedSettingWarning, match="no effect in a run without an adjoint solve"):
+    with pytest.warns(UnusedSettingWarning, match="no effect in a run without such a solve"):
         make_recipe(tmp_path, "training.phases=[{until: 1.0, adjoint: {name: phantom}}]")
     loose = "model.adjoint={name: implicit, stopping: {rtol: 0.2}}"  # which no step goes by
     make_recipe(tmp_path, loose, "training.phases=[{until: 1.0, adjoint: {name: implicit}}]")
@@ -309,7 +309,7 @@ UNROLLED_TO_THE_END = "training.phases=[{until: 1.0, num_unrolled_steps: 2}]"
 )
 def test_what_has_no_effect_warns(tmp_path: Path, overrides: list[str], words: str):
     with pytest.warns(UnusedSettingWarning, match=words) as caught:
-        make_recipe(tmp_path, *overrides, "training.unconverged_adjoint.policy=ignore")
+        make_recipe(tmp_path, *overrides, "training.faults.unconverged_adjoint.policy=ignore")
     assert len(caught) == 1
 
 

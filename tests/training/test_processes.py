@@ -38,7 +38,6 @@ def gradients(folder: Path) -> None:
         "norm": result.grad_norm,
         "nats": state.interval.nll_nats,
         "targets": state.interval.num_targets,
-        "adjoint_residual": result.adjoint_residual,
     }
     torch.save(grads | facts, folder / f"{accelerator.num_processes}_{accelerator.process_index}.pt")
 
@@ -87,7 +86,7 @@ def test_each_process_draws_its_own_budgets_and_draws_on_when_resumed(tmp_path):
         "model.stopping={max_steps: 6, rtol: 0.0, patience: null}",
         "training.phases=[{until: 0.25, num_unrolled_steps: 2}, {until: 0.5, max_steps: 4, adjoint: {name: phantom}}]",
         "training.max_steps_jitter=3",
-        "training.unconverged_adjoint.policy=ignore",
+        "training.faults.unconverged_adjoint.policy=ignore",
         "training.evaluate_every=null",
         "training.checkpoint_every=1",
         "training.keep_checkpoints=8",
@@ -141,7 +140,7 @@ def skip(folder: Path) -> None:
         state.model.forward = infinite
     result = train_step(accelerator, model, state, recipe, stop_requested=accelerator.process_index == 1)
     unchanged = all(a.equal(b) for a, b in zip(before, state.model.parameters(), strict=True))
-    facts = {"finite": result.finite, "interrupted": result.interrupted, "unchanged": unchanged}
+    facts = {"faults": result.faults, "interrupted": result.interrupted, "unchanged": unchanged}
     # what rank 1 remembers is another part of the text; each process finds its own again
     checkpoint.restore(
         checkpoint.newest_complete(folder / "checkpoints"), state, identity, rank=accelerator.process_index
@@ -156,7 +155,7 @@ def skip_unconverged(folder: Path) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
     torch.set_num_threads(1)
     accelerator = Accelerator()
-    recipe = make_recipe(folder, *SETTINGS, "training.unconverged_adjoint={policy: skip, residual: 0.5}")
+    recipe = make_recipe(folder, *SETTINGS, "training.faults.unconverged_adjoint={policy: skip, limit: 0.5}")
     state, *_ = make_state(recipe, accelerator)
     model, state.optimizer = accelerator.prepare(state.model, state.optimizer)
     facts_of = loop.facts_of
@@ -174,7 +173,8 @@ def skip_unconverged(folder: Path) -> None:
         before = [parameter.clone() for parameter in state.model.parameters()]
         result = train_step(accelerator, model, state, recipe, stop_requested=False)
         same = all(a.equal(b) for a, b in zip(before, state.model.parameters(), strict=True))
-        facts[name] = (result.unconverged, result.adjoint_residual, same, state.progress.num_skipped_unconverged)
+        facts[name] = (result.faults, same, state.progress.account.num_skipped)
+        facts[f"{name} records"] = result.records
     torch.save(facts | {"memory": state.memory is not None}, folder / f"unconverged_{accelerator.process_index}.pt")
 
 
@@ -183,10 +183,12 @@ def test_all_processes_skip_if_one_has_an_unconverged_adjoint_and_know_its_resid
     debug_launcher(skip_unconverged, args=(tmp_path,), num_processes=2)
     first, second = (torch.load(tmp_path / f"unconverged_{rank}.pt") for rank in (0, 1))
     assert first == second
-    assert first["unconverged"] == (True, 0.75, True, 1)
-    unconverged, residual, _, num_skipped = first["converged"]
-    assert (unconverged, num_skipped) == (False, 0)
-    assert 0 < residual < 0.5
+    assert first["converged"][::2] == ({}, 0)
+    assert first["unconverged"] == ({"unconverged_adjoint": 0.75}, True, 1)
+    (record,) = first["unconverged records"]
+    # two segments a step, of which this is the second; the two streams of rank 1 are 2 and 3, and the first is to blame
+    assert (record["policy"], record["epoch"], record["segment"]) == ("skip", 0, 2)
+    assert record["worst_solve"] == {"residual": 0.75, "segment": 0, "stream": 2}
     assert first["memory"]
 
 
@@ -201,7 +203,7 @@ def skipped(tmp_path_factory):
 def test_all_processes_skip_and_stop_if_one_must(skipped):
     for rank in (0, 1):
         facts = torch.load(skipped / f"{rank}.pt")
-        assert not facts["finite"]
+        assert facts["faults"] == {"not_finite": None}
         assert facts["unchanged"]
         assert facts["interrupted"]
 

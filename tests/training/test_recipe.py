@@ -81,12 +81,17 @@ def test_an_override_reaches_into_a_section_that_was_null(mapping):
         ("training.output_dir=' '", "output_dir is empty"),
         ("training.jacobian.weight=0.0", "recipe.training.jacobian: weight=0.0"),
         ("training.jacobian.probability=2.0", "recipe.training.jacobian: probability=2.0"),
-        ("training.unconverged_adjoint.policy=stop", "'stop' is not allowed"),
-        ("training.unconverged_adjoint.residual=0", "recipe.training.unconverged_adjoint: residual=0.0"),
-        ("training.unconverged_adjoint=null", "recipe.training.unconverged_adjoint: expected a section"),
+        ("training.faults.not_finite=ignore", "'ignore' is not allowed"),
+        ("training.faults.unconverged_adjoint.policy=stop", "'stop' is not allowed"),
+        ("training.faults.unconverged_adjoint.limit=0", "recipe.training.faults.unconverged_adjoint: limit=0.0"),
+        ("training.faults.unconverged_adjoint=null", "recipe.training.faults.unconverged_adjoint: expected a section"),
         (
             "model.adjoint={name: implicit, stopping: {rtol: 0.2}}",
-            "expected at least the rtol of the adjoint's stopping rule, 0.2",
+            "training.faults.unconverged_adjoint.limit=0.1: expected at least the rtol of the stopping rule, 0.2",
+        ),
+        (
+            "model.stopping.rtol=0.6",
+            "training.faults.unconverged_solve.limit=0.5: expected at least the rtol of the stopping rule, 0.6",
         ),
         ("training.mixed_precision=fp16", "Valid here: bf16"),
         ("training.evaluate_every=0", "evaluate_every=0"),
@@ -99,15 +104,17 @@ def test_a_wrong_override_is_refused_in_one_line(path, override, words):
     assert "\n" not in str(caught.value)
 
 
-def test_a_policy_about_adjoint_solves_says_that_a_model_without_any_has_no_use_for_it(path):
+def test_a_policy_about_solves_says_that_a_model_without_any_has_no_use_for_it(path):
     for override in ("model.adjoint.name=phantom", "model.adjoint.name=jacobian_free"):
         with pytest.warns(UnusedSettingWarning, match=r"unconverged_adjoint\.policy=warn\. Give ignore"):
             load_recipe(path, [override])
-        load_recipe(path, [override, "training.unconverged_adjoint.policy=ignore"])
+        load_recipe(path, [override, "training.faults.unconverged_adjoint.policy=ignore"])
     unrolled = ["model.depth=unrolled", "model.num_layers=2", "model.stopping={}"]
-    with pytest.warns(UnusedSettingWarning, match="no effect in a run without an adjoint solve"):
-        load_recipe(path, unrolled)
-    load_recipe(path, [*unrolled, "training.unconverged_adjoint.policy=ignore"])
+    ignored = [f"training.faults.unconverged_{solve}.policy=ignore" for solve in ("solve", "adjoint")]
+    for name, other in (ignored, ignored[::-1]):
+        with pytest.warns(UnusedSettingWarning, match="no effect in a run without such a solve"):
+            load_recipe(path, [*unrolled, name, other.replace("ignore", "warn")])
+    load_recipe(path, [*unrolled, *ignored])
 
 
 def keys_of(mapping: dict[str, Any], prefix: str = "") -> list[str]:

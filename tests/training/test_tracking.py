@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from deq_lm.solvers import Broyden, StoppingRule, solve
+from deq_lm.solvers.stopping import Outcome
+from deq_lm.training.faults import Account
 from deq_lm.training.loop import facts_of
 from deq_lm.training.run_folder import RunFolder
 from deq_lm.training.tracking import Interval, Tracker, readable, summarize
@@ -20,22 +22,22 @@ def test_losses_are_summed_and_divided_once_and_solves_are_pooled_over_processes
         **sums,
         solver_evaluations=[4.0, 6.0],
         solver_residuals=[1e-3, 1e-2],
-        solver_converged=[1.0, 1.0],
+        solver_outcomes=[0, 0],
         solver_fallbacks=[0.0, 0.0],
         adjoint_evaluations=[8.0],
         adjoint_residuals=[0.1],
-        adjoint_converged=[1.0],
+        adjoint_outcomes=[0],
         adjoint_fallbacks=[1.0],
     )
     second = Interval(
         **sums,
         solver_evaluations=[5.0, 9.0],
         solver_residuals=[1e-1, 1e-2],
-        solver_converged=[0.0, 1.0],
+        solver_outcomes=[1, 0],
         solver_fallbacks=[0.0, 1.0],
         adjoint_evaluations=[10.0],
         adjoint_residuals=[0.3],
-        adjoint_converged=[0.0],
+        adjoint_outcomes=[2],
         adjoint_fallbacks=[1.0],
     )
     metrics = summarize([first, second])
@@ -53,9 +55,11 @@ def test_losses_are_summed_and_divided_once_and_solves_are_pooled_over_processes
 
 
 def test_an_interval_without_a_step_that_counted_has_no_loss():
-    metrics = summarize([Interval(num_steps=1, num_skipped=1)])
-    assert metrics == {**dict.fromkeys(metrics), "skipped": 1, "adjoint_unconverged": 0, "skipped_unconverged": 0}
-    assert readable(metrics) == "1 skipped (not finite)"
+    account = Account(num_steps={"not_finite": 1}, num_skipped=1)
+    metrics = summarize([Interval(num_steps=1, account=account)])
+    none = dict.fromkeys(("loss_spike", "unconverged_solve", "unconverged_adjoint", "retried"), 0)
+    assert metrics == {**dict.fromkeys(metrics), **none, "not_finite": 1, "skipped": 1}
+    assert readable(metrics) == "1 not finite  1 without update"
 
 
 def test_solves_that_failed_count_as_the_worst_and_never_reach_the_json():
@@ -68,11 +72,15 @@ def test_solves_that_failed_count_as_the_worst_and_never_reach_the_json():
 
 @pytest.mark.parametrize("name", ["solver", "adjoint"])
 def test_the_line_to_read_has_a_word_only_for_solves_that_did_not_go_as_they_should(name):
-    usual = Interval(**{f"{name}_converged": [1.0] * 8, f"{name}_fallbacks": [0.0] * 8})
+    usual = Interval(**{f"{name}_outcomes": [Outcome.CONVERGED] * 8, f"{name}_fallbacks": [0.0] * 8})
     assert readable(summarize([usual])) == ""
-    unusual = Interval(**{f"{name}_converged": [1.0] * 7 + [0.0], f"{name}_fallbacks": [1.0] * 2 + [0.0] * 6})
-    assert readable(summarize([unusual])) == "87.5% converged  25.0% by fallback"
-    assert readable(summarize([Interval(num_skipped_unconverged=2)])) == "2 skipped (adjoint unconverged)"
+    outcomes = [Outcome.CONVERGED] * 5 + [Outcome.DIVERGED, Outcome.NON_FINITE, Outcome.STALLED]
+    unusual = Interval(**{f"{name}_outcomes": outcomes, f"{name}_fallbacks": [1.0] * 2 + [0.0] * 6})
+    assert readable(summarize([unusual])) == "62.5% converged  25.0% diverged  25.0% by fallback"
+    assert summarize([unusual])[f"{name}_share_stalled"] == 0.125
+    assert readable(summarize([Interval(account=Account(num_retried=2, num_skipped=1))])) == (
+        "2 computed again  1 without update"
+    )
 
 
 def test_every_metric_of_a_training_line_is_documented():
@@ -84,13 +92,13 @@ def test_every_metric_of_a_training_line_is_documented():
     assert documented == [*summarize([Interval()]), "lr", "grad_norm"]
 
 
-def test_a_solve_that_fell_back_and_one_that_ran_out_of_steps_are_told_apart():
+def test_a_solve_that_fell_back_and_one_that_diverged_are_told_apart():
     def f(z):  # contracts the first sequence; throws the second far out, where coefficients made of differences fail
         return torch.stack([0.1 * z[0] + 1, z[1] ** 3 + 5])
 
     solution = solve(f, torch.ones(2, 4, 3), solver=Broyden(), stopping=StoppingRule(max_steps=8, rtol=1e-4))
     facts = {name: values.tolist() for name, values in facts_of(solution, unrolled=False).items()}
-    assert facts["converged"] == [True, False]
+    assert facts["outcomes"] == [Outcome.CONVERGED, Outcome.DIVERGED]
     assert facts["fallbacks"] == [False, True]
     assert facts["residuals"] == solution.relative_residual.tolist()
     assert facts["evaluations"] == solution.num_evaluations.tolist()

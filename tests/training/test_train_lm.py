@@ -110,7 +110,7 @@ def test_a_run_that_stops_being_finite_ends_with_three(monkeypatch, recipe, caps
 def test_a_run_that_raises_for_an_unconverged_adjoint_is_one_line_and_ends_with_three(monkeypatch, recipe, capsys):
     overrides = [
         "model.adjoint={name: implicit, stopping: {max_steps: 1, rtol: 1.0e-4}}",
-        "training.unconverged_adjoint={policy: raise, residual: 1.0e-3}",
+        "training.faults.unconverged_adjoint={policy: raise, limit: 1.0e-3}",
     ]
     assert call(monkeypatch, recipe, *overrides) == 3
     message = capsys.readouterr().err.splitlines()[-1]
