@@ -77,6 +77,8 @@ class Progress:
         num_tokens: targets trained on.
         account: of faults.
         num_skipped_in_a_row: steps without an update that directly precede now.
+        best_step: of the lowest loss on the validation split; None before the first.
+        best_nats_per_token: that loss.
         mean_nats_per_token: running mean of the loss, against which a spike is seen; None before the first step.
     """
 
@@ -85,6 +87,17 @@ class Progress:
     account: Account = field(default_factory=Account)
     num_skipped_in_a_row: int = 0
     mean_nats_per_token: float | None = None
+    best_step: int | None = None
+    best_nats_per_token: float | None = None
+
+    def is_best(self, nats_per_token: float | None) -> bool:
+        """Whether the validation loss of this step is the lowest so far, and if so note it; None (not finite) never is."""
+        better = nats_per_token is not None and (
+            self.best_nats_per_token is None or nats_per_token < self.best_nats_per_token
+        )
+        if better:
+            self.best_step, self.best_nats_per_token = self.step, nats_per_token
+        return better
 
 
 @dataclass
@@ -120,12 +133,13 @@ def save(
     *,
     keep: int,
 ) -> Path:
-    """Write `folder`/step_XXXXXXXX together with all other processes, then remove all but the `keep` newest.
+    """Write `folder`/step_XXXXXXXX together with all other processes, then remove all but the best and the `keep` newest.
 
     Raises:
         CheckpointError: the disk is full, or the folder cannot be written; older checkpoints are as they were.
     """
-    path = folder / f"step_{state.progress.step:08d}"
+    path = folder / _name(state.progress.step)
+    best = None if state.progress.best_step is None else _name(state.progress.best_step)
     aside = path.with_name(f".{path.name}.incomplete")
     try:
         if accelerator.is_main_process:
@@ -139,7 +153,8 @@ def save(
             write_manifest(aside)
             publish_folder(aside, path)
             for old in _folders(folder)[keep:]:
-                remove_folder(old)
+                if old.name != best:
+                    remove_folder(old)
         accelerator.wait_for_everyone()
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
@@ -220,6 +235,10 @@ def damage(path: Path) -> str | None:
         if recorded[name] != found[name]:
             return f"{path / name}: differs from its size or SHA-256 in the manifest"
     return None
+
+
+def _name(step: int) -> str:
+    return f"step_{step:08d}"
 
 
 def _folders(folder: Path) -> list[Path]:

@@ -13,7 +13,7 @@ import signal
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
@@ -28,7 +28,7 @@ from transformers.utils.logging import disable_progress_bar
 from deq_lm.cells.memory import Memory
 from deq_lm.data.encoding import EncodedCorpus, prepare
 from deq_lm.data.streams import ContiguousStreams, Segment
-from deq_lm.errors import ConfigError
+from deq_lm.errors import CheckpointError, ConfigError
 from deq_lm.evaluation import PerplexityResult, evaluate, evaluate_perplexity, render, write_record
 from deq_lm.modeling import DEQLMForCausalLM, build_config
 from deq_lm.modeling.builders import build_adjoint, build_stopping
@@ -101,6 +101,12 @@ def train(recipe: Recipe, *, resume: bool = False) -> int | None:
         FloatingPointError: loss or gradient were not finite, or the loss jumped, so often or once, as the recipe says.
         SolveError: a solve did not converge, likewise.
     """
+    with ExitStack() as held:
+        return _train(recipe, resume, held)
+
+
+def _train(recipe: Recipe, resume: bool, held: ExitStack) -> int | None:
+    """`train`; what has to be released at its end, however that comes, is held by `held`."""
     settings = recipe.training
     accelerator = Accelerator(mixed_precision=settings.mixed_precision)
     if accelerator.mixed_precision not in ("no", "bf16"):
@@ -145,6 +151,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> int | None:
         num_processes=accelerator.num_processes,
         phases=comparable_phases(settings.phases, settings.num_schedule_steps),
     )
+    lock(run, accelerator, held)
     newest = checkpoint.newest_complete(run.checkpoints) if resume else None
     if newest is not None:
         checkpoint.restore(newest, state, identity, rank=accelerator.process_index)
@@ -183,10 +190,11 @@ def train(recipe: Recipe, *, resume: bool = False) -> int | None:
                 for line in describe_faults(progress.step, settings.faults, interval.account, interval.num_steps):
                     tracker.say(line)
                 state.interval = Interval()
+            is_best = False
             if is_due(progress.step, settings.evaluate_every):
-                validate(accelerator, model, corpus, recipe, tracker, progress.step)
+                is_best = progress.is_best(validate(accelerator, model, corpus, recipe, tracker, progress.step))
             last = progress.step == settings.max_steps
-            if last or result.interrupted or is_due(progress.step, settings.checkpoint_every):
+            if last or is_best or result.interrupted or is_due(progress.step, settings.checkpoint_every):
                 checkpoint.save(
                     run.checkpoints, state, identity, corpus.tokenizer, accelerator, keep=settings.keep_checkpoints
                 )
@@ -197,6 +205,23 @@ def train(recipe: Recipe, *, resume: bool = False) -> int | None:
         tracker.say(describe_account(progress.account, progress.step))
         final_report(accelerator, model, corpus, recipe, run, tracker)
     return None
+
+
+def lock(run: RunFolder, accelerator: Accelerator, held: ExitStack) -> None:
+    """Keep other runs out of the run folder until `held` ends.
+
+    Raises:
+        CheckpointError: another run is in it, on all processes.
+    """
+    problem = None
+    if accelerator.is_main_process:
+        try:
+            held.enter_context(run.locked())
+        except CheckpointError as error:
+            problem = str(error)
+    problem = gather_object([problem])[0]
+    if problem is not None:
+        raise CheckpointError(problem)
 
 
 def train_step(
@@ -400,10 +425,11 @@ def validate(
     recipe: Recipe,
     tracker: Tracker,
     step: int,
-) -> None:
-    """Measure and log the validation split."""
+) -> float | None:
+    """Measure and log the validation split; its nats per token."""
     result = evaluate_perplexity(model, corpus.splits["valid"], recipe.evaluation, accelerator)
     tracker.log(step, "valid", result.metrics())
+    return result.perplexity.nats_per_token
 
 
 def final_report(

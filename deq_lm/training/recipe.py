@@ -53,8 +53,9 @@ class TrainingConfig:
         mixed_precision: "bf16" runs the cell under autocast; None leaves it to `accelerate launch`.
         log_every: steps between lines of metrics.
         evaluate_every: steps between evaluations of the validation split, or None.
-        checkpoint_every: steps between checkpoints; the last step always leaves one.
-        keep_checkpoints: how many of the newest checkpoints to keep.
+        checkpoint_every: steps between checkpoints; the last step always leaves one, and so does one of a validation loss
+            below all before.
+        keep_checkpoints: how many of the newest checkpoints to keep, besides that of the lowest validation loss.
         track: write TensorBoard files as well.
     """
 

@@ -8,13 +8,18 @@
 | tensorboard/ | the same for TensorBoard |
 | checkpoints/step_00000100/ | see `deq_lm.training.checkpoint` |
 | final/ | the trained model and its tokenizer, for `from_pretrained`, and evaluation.json |
+| lock | held while a process trains here; names it |
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import shutil
+import socket
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,15 +55,64 @@ class RunFolder:
     def final(self) -> Path:
         return self.path / "final"
 
+    @property
+    def lock_file(self) -> Path:
+        return self.path / "lock"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Make the folder if it is not there, and keep other runs out; the kernel ends the hold with the process.
+
+        Raises:
+            CheckpointError: another run is in it, or it cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = open(self.lock_file, "a+", encoding="utf-8")  # noqa: SIM115 - held until the end
+        except OSError as error:
+            raise self._unwritable(error) from error
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise self._taken() from error
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+            yield
+
+    def _refuse_if_locked(self) -> None:
+        """A look that does not disturb others who look."""
+        if self.lock_file.is_file():
+            with open(self.lock_file, encoding="utf-8") as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                except BlockingIOError as error:
+                    raise self._taken() from error
+
+    def _taken(self) -> CheckpointError:
+        holder = self.lock_file.read_text("utf-8", errors="replace").strip() or "of unknown process"
+        return CheckpointError(
+            f"{self.path}: another run is writing to it ({holder}); wait for its end, or set training.output_dir to "
+            "another folder."
+        )
+
+    def _unwritable(self, error: OSError) -> CheckpointError:
+        return CheckpointError(
+            f"{self.path}: cannot be written ({error.strerror}); set training.output_dir to another folder."
+        )
+
     def check(self, *, resume: bool) -> None:
         """Refuse a folder that holds something else, without touching it.
 
         Raises:
-            CheckpointError: it is no folder; or it holds files, and the run is not resumed or they are no run's.
+            CheckpointError: it is no folder; another run is writing to it; or it holds files, and the run is not resumed
+                or they are no run's.
         """
         if self.path.exists() and not self.path.is_dir():
             raise CheckpointError(f"{self.path}: is a file; set training.output_dir to a folder.")
-        used = self.path.is_dir() and any(self.path.iterdir())
+        self._refuse_if_locked()
+        used = self.path.is_dir() and any(path != self.lock_file for path in self.path.iterdir())
         if used and not resume:
             raise CheckpointError(
                 f"{self.path}: already holds files, and a run is never overwritten; continue it with --resume, "
@@ -86,9 +140,7 @@ class RunFolder:
             kept = [line for line in self._metrics_lines() if json.loads(line)["step"] <= step]
             write_text(self.metrics, "".join(line + "\n" for line in kept))
         except OSError as error:
-            raise CheckpointError(
-                f"{self.path}: cannot be written ({error.strerror}); set training.output_dir to another folder."
-            ) from error
+            raise self._unwritable(error) from error
 
     def _metrics_lines(self) -> Iterator[str]:
         """The whole lines of metrics.jsonl; a kill can leave a last line without its end."""

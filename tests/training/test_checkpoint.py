@@ -96,6 +96,18 @@ def test_the_newest_are_kept(tmp_path):
     assert newest_complete(run.folder).name == "step_00000004"
 
 
+def test_the_best_is_kept_beside_the_newest(tmp_path):
+    run = Run(tmp_path)
+    losses = [3.0, 2.0, None, 2.0, 2.5, 1.5]
+    kept = []
+    for loss in losses:
+        run.step()
+        run.state.progress.is_best(loss)
+        run.save(keep=1)
+        kept.append(sorted(int(path.name[5:]) for path in run.folder.iterdir()))
+    assert kept == [[1], [2], [2, 3], [2, 4], [2, 5], [6]]
+
+
 @pytest.mark.parametrize("crash_before", STEPS)
 def test_a_kill_between_any_two_files_leaves_the_checkpoint_before_it(tmp_path, monkeypatch, crash_before):
     run = Run(tmp_path)

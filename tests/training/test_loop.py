@@ -196,6 +196,7 @@ def test_a_run_folder_holds_the_run(tmp_path):
         "tensorboard",
         "checkpoints",
         "final",
+        "lock",
     }
     assert load_recipe(run / "recipe.yaml") == recipe
     (start,) = json.loads((run / "versions.json").read_text())
@@ -210,6 +211,22 @@ def test_a_run_folder_holds_the_run(tmp_path):
         model = DEQLMForCausalLM.from_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         assert len(tokenizer) == model.config.vocab_size
+
+
+def test_the_step_of_the_lowest_validation_loss_leaves_a_checkpoint(tmp_path, monkeypatch):
+    recipe = make_recipe(tmp_path, "training.evaluate_every=3", "training.checkpoint_every=100", "training.max_steps=8")
+    validate, losses = loop.validate, iter([2.0, 3.0])
+
+    def lowest_at_three(*args):
+        validate(*args)
+        return next(losses)
+
+    monkeypatch.setattr(loop, "validate", lowest_at_three)
+    train(recipe)
+    checkpoints = Path(recipe.training.output_dir) / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step_00000003", "step_00000008"]
+    state = json.loads((checkpoints / "step_00000008" / "state.json").read_text())
+    assert (state["progress"]["best_step"], state["progress"]["best_nats_per_token"]) == (3, 2.0)
 
 
 def test_a_folder_with_files_in_it_is_not_overwritten(tmp_path):
