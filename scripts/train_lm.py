@@ -15,7 +15,7 @@ training.output_dir, which must be new or empty, or be continued with --resume: 
 checkpoint, or from the start if there is none yet.
 
 exit codes: 0 done; 2 a mistake in the call, the recipe, the data or the run folder; 3 a numerical fault
-that ends the run, by training.faults or because no step in a row was without one;
+that ends the run, by training.faults or because no step in a row was without one; 4 out of memory;
 130, 143 stopped by SIGINT, SIGTERM after saving a checkpoint.
 """
 
@@ -35,12 +35,20 @@ def main() -> int:
     # torch and transformers take seconds to import, which --help and a mistyped option need not wait for
     from deq_lm.errors import CheckpointError, ConfigError, DataError, SolveError
     from deq_lm.training import load_recipe, train
+    from deq_lm.training.process import describe_out_of_memory, is_out_of_memory
 
+    recipe = None
     try:
-        signal_number = train(load_recipe(arguments.recipe, arguments.overrides), resume=arguments.resume)
+        recipe = load_recipe(arguments.recipe, arguments.overrides)
+        signal_number = train(recipe, resume=arguments.resume)
     except (CheckpointError, ConfigError, DataError, FloatingPointError, SolveError) as error:
         print(f"train_lm: {error}", file=sys.stderr)
         return 3 if isinstance(error, FloatingPointError | SolveError) else 2
+    except (MemoryError, RuntimeError) as error:
+        if recipe is None or not is_out_of_memory(error):
+            raise
+        print(f"train_lm: {describe_out_of_memory(recipe)}", file=sys.stderr)
+        return 4
     return 0 if signal_number is None else 128 + signal_number
 
 

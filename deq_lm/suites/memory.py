@@ -19,6 +19,7 @@ from deq_lm.structure import to_mapping
 from deq_lm.suites.config import MemorySettings
 from deq_lm.suites.subjects import Subject
 from deq_lm.suites.training_step import RepeatedStep, steady, with_budget
+from deq_lm.training.process import is_out_of_memory
 from deq_lm.training.recipe import Recipe
 
 
@@ -199,7 +200,7 @@ def _measure(
             step.run()
             allocated = torch.cuda.max_memory_allocated()
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
     gc.collect()  # of the step before the next one
     return StepMemory(
@@ -213,10 +214,6 @@ def _measure(
         most_solver=None if most is None else most["solver"],
         allocated=allocated,
     )
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 def _meter(step: RepeatedStep, limit_bytes: int | None) -> LiveBytes:

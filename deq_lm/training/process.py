@@ -1,4 +1,4 @@
-"""What the launcher and the operating system tell a run: how many processes were meant, and that it is to stop."""
+"""What launcher and operating system tell a run: how many processes were meant, that it is to stop, that memory is out."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ import os
 import signal
 from types import FrameType
 from typing import Any
+
+import torch
+
+from deq_lm.modeling.builders import build_solver
+from deq_lm.training.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +27,28 @@ def warn_of_missing_processes(num_processes: int) -> None:
             "accelerate launch was asked for several processes but started one; to run several on CPUs: "
             "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N ..."
         )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the host had no memory left; on a CPU, PyTorch says so in the text of a RuntimeError only."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def describe_out_of_memory(recipe: Recipe) -> str:
+    """What a step of the recipe holds, and what to lower, in one line."""
+    training, config = recipe.training, recipe.model_config
+    sequences, length = training.batch_size, training.segment_length
+    held = ""
+    if config.depth == "equilibrium":
+        history = getattr(build_solver(config.solver, "model.solver"), "history_size", 0)
+        megabytes = (2 * history + 6) * sequences * length * config.d_model * 4 / 1e6
+        held = f", and a solve about {megabytes:,.0f} MB with model.solver.history_size={history}"
+    return (
+        f"out of memory. A step holds {sequences} streams of {length} tokens over all processes{held}. Lower "
+        "training.batch_size and raise training.gradient_accumulation instead, or lower training.segment_length or "
+        "model.solver.history_size, or take model.cell.recompute=block. Then continue with --resume, or begin anew where "
+        "a setting decides the updates."
+    )
 
 
 class StopSignal:

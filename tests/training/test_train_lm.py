@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from tiny_run import recipe_mapping
 
@@ -115,3 +116,36 @@ def test_a_run_that_raises_for_an_unconverged_adjoint_is_one_line_and_ends_with_
     assert call(monkeypatch, recipe, *overrides) == 3
     message = capsys.readouterr().err.splitlines()[-1]
     assert message.startswith("train_lm: step 3: an adjoint solve did not converge")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        MemoryError(),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+    ],
+)
+def test_out_of_memory_is_one_line_that_says_what_to_lower_and_ends_with_four(monkeypatch, recipe, capsys, error):
+    from deq_lm.training import loop
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(loop, "train_step", fail)
+    assert call(monkeypatch, recipe) == 4
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith("train_lm: out of memory. A step holds 4 streams of 8 tokens")
+    for setting in ("training.batch_size", "training.segment_length", "model.solver.history_size=8"):
+        assert setting in message
+
+
+def test_another_error_of_ours_is_not_taken_for_it(monkeypatch, recipe):
+    from deq_lm.training import loop
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(loop, "train_step", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        call(monkeypatch, recipe)

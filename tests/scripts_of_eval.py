@@ -1,0 +1,22 @@
+"""The scripts under eval/ as modules; they are no package, and import each other by name."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+FOLDER = Path(__file__).resolve().parents[1] / "eval"
+
+
+def load(place: str) -> ModuleType:
+    """The module in eval/`place`.py, anew."""
+    path = FOLDER / f"{place}.py"
+    specification = importlib.util.spec_from_file_location(path.stem, path)
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[path.stem] = module  # dataclasses look themselves up there
+    specification.loader.exec_module(module)
+    return module
