@@ -96,8 +96,11 @@ def test_rivals_have_the_same_text_budget_width_and_memory_and_as_many_parameter
         "max_steps_jitter": 0,
         "jacobian": None,
         "faults": None,
+        "optimizer": None,
     }
     assert replace(ours.training, **of_the_depth) == replace(theirs.training, **of_the_depth)
+    rates = [replace(recipe.training.optimizer, lr=1.0) for recipe in (ours, theirs)]  # each has the one that suits it
+    assert rates[0] == rates[1]
     changed = {"recompute", "injection", "d_inner"} if theirs.model["depth"] == "stack" else {"recompute"}
     cells = [{k: v for k, v in r.model["cell"].items() if k not in changed} for r in (ours, theirs)]
     assert cells[0] == cells[1]
