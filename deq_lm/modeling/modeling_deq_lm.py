@@ -60,7 +60,6 @@ class DEQLMPreTrainedModel(PreTrainedModel):
 
     config_class = DEQLMConfig
     base_model_prefix = "model"
-    _no_split_modules = ["Equilibrium", "Stack"]  # noqa: RUF012  (the library's protocol; an FSDP unit holds a whole solve)
     _supports_sdpa = True
 
     @torch.no_grad()
@@ -131,6 +130,8 @@ class DEQLMModel(DEQLMPreTrainedModel):
                 else build_stopping(config.evaluation_stopping, "model.evaluation_stopping"),
                 adjoint=build_adjoint(config.adjoint, "model.adjoint"),
             )
+        # The library's protocol: what must stay on one device, and an FSDP unit. It holds a whole solve.
+        self._no_split_modules = [type(self.layers).__name__]
         # The library's mark: the cell has drawn its parameters, unless they have no storage yet.
         drawn = not any(parameter.is_meta for parameter in self.layers.parameters())
         self.layers._is_hf_initialized = drawn  # pyright: ignore[reportArgumentType]

@@ -30,17 +30,19 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
-from safetensors.torch import load_file, load_model, save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from deq_lm.cells.memory import Memory
 from deq_lm.data.streams import ContiguousStreams
 from deq_lm.errors import CheckpointError
+from deq_lm.modeling import DEQLMForCausalLM
 from deq_lm.structure import build, differences, to_mapping
 from deq_lm.training.durable import begin_folder, publish_folder, remove_folder, write_text
 from deq_lm.training.faults import Account
+from deq_lm.training.sharding import load_optimizer_state, load_weights, whole_model, whole_optimizer_state
 from deq_lm.training.tracking import Interval
 
 MANIFEST = "manifest.json"
@@ -104,7 +106,7 @@ class Progress:
 class TrainingState:
     """All that a step reads and changes, on one process; `memory` is of this process's streams."""
 
-    model: PreTrainedModel
+    model: DEQLMForCausalLM
     optimizer: torch.optim.Optimizer
     schedule: LRScheduler
     streams: ContiguousStreams
@@ -146,8 +148,9 @@ def save(
             begin_folder(path)
         accelerator.wait_for_everyone()
         _write_own_files(aside, state, accelerator.process_index)
+        model, optimizer = whole_model(state.model), whole_optimizer_state(state.optimizer)
         if accelerator.is_main_process:
-            _write_shared_files(aside, state, identity, tokenizer)
+            _write_shared_files(aside, state, model, optimizer, identity, tokenizer)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             write_manifest(aside)
@@ -202,8 +205,8 @@ def restore(path: Path, state: TrainingState, identity: Identity, *, rank: int) 
     tensors = load_file(path / f"rank_{rank:05d}.safetensors")
     device = next(state.model.parameters()).device
 
-    load_model(state.model, path / "model.safetensors")
-    state.optimizer.load_state_dict(torch.load(path / "optimizer.pt", map_location=device, weights_only=True))
+    load_weights(state.model, path / "model.safetensors")
+    load_optimizer_state(state.optimizer, torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True))
     state.schedule.load_state_dict(shared["schedule"])
     state.streams.load_state_dict(own["streams"])
     state.progress = build(Progress, shared["progress"], "progress")
@@ -260,11 +263,16 @@ def _list_files(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _write_shared_files(
-    folder: Path, state: TrainingState, identity: Identity, tokenizer: PreTrainedTokenizerBase
+    folder: Path,
+    state: TrainingState,
+    model: DEQLMForCausalLM,
+    optimizer: Mapping[str, Any],
+    identity: Identity,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    state.model.save_pretrained(folder)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    _save_pickle(state.optimizer.state_dict(), folder / "optimizer.pt")
+    _save_pickle(optimizer, folder / "optimizer.pt")
     shared = {
         "identity": to_mapping(identity),
         "progress": to_mapping(state.progress),

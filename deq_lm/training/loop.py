@@ -35,7 +35,7 @@ from deq_lm.modeling.builders import build_adjoint, build_stopping
 from deq_lm.modeling.configuration_deq_lm import ModelSettings
 from deq_lm.solvers import Solution
 from deq_lm.structure import to_mapping
-from deq_lm.training import checkpoint
+from deq_lm.training import checkpoint, sharding
 from deq_lm.training.checkpoint import Identity, TrainingState
 from deq_lm.training.durable import begin_folder, publish_folder
 from deq_lm.training.faults import (
@@ -141,7 +141,7 @@ def _train(recipe: Recipe, resume: bool, held: ExitStack) -> int | None:
     set_seed(recipe.seed, device_specific=True)
     optimizer = make_optimizer(model, settings.optimizer)
     schedule = make_schedule(optimizer, settings.schedule, max_steps=settings.max_steps)
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    wrapped, optimizer = sharding.prepare(accelerator, model, optimizer)
 
     state = TrainingState(model, optimizer, schedule, streams)
     identity = Identity(
@@ -369,6 +369,7 @@ def compute_gradient(
 
     norm = accelerator.clip_grad_norm_(model.parameters(), settings.clip_norm or float("inf"))
     assert isinstance(norm, Tensor)
+    norm = sharding.whole(norm)
     not_finite = ~(torch.isfinite(nll_nats) & torch.isfinite(norm))
     facts = torch.stack([nll_nats, not_finite.to(nll_nats), torch.full_like(nll_nats, stop_requested)])
     largest = nll_nats.new_zeros(2, accelerator.num_processes)  # a place for each process, so that their sum holds all
@@ -427,7 +428,8 @@ def validate(
     step: int,
 ) -> float | None:
     """Measure and log the validation split; its nats per token."""
-    result = evaluate_perplexity(model, corpus.splits["valid"], recipe.evaluation, accelerator)
+    whole = sharding.whole_model(model)
+    result = evaluate_perplexity(whole, corpus.splits["valid"], recipe.evaluation, accelerator)
     tracker.log(step, "valid", result.metrics())
     return result.perplexity.nats_per_token
 
@@ -441,6 +443,7 @@ def final_report(
     tracker: Tracker,
 ) -> None:
     """Measure the test split, print the report, and write the model with its numbers to the run's `final` folder."""
+    model = sharding.whole_model(model)
     result = evaluate(
         model,
         corpus,

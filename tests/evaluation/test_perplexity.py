@@ -9,8 +9,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator, debug_launcher
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from processes import launch
 
 from deq_lm import DEQLMConfig, DEQLMForCausalLM
 from deq_lm.data import streams
@@ -231,7 +232,7 @@ def test_two_processes_find_what_one_does(table_model, make_split, monkeypatch, 
             evaluate_perplexity(model, split, odd, accelerator)
         (tmp_path / str(accelerator.process_index)).touch()
 
-    debug_launcher(compare, num_processes=2)
+    launch(compare)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1"]
 
 

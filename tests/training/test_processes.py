@@ -1,12 +1,14 @@
 """Several processes train as one does: each owns whole streams, and all decide alike."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator, debug_launcher
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from processes import launch
 from tiny_run import leave_weights_alone, make_recipe, make_state, metrics
 
 from deq_lm.errors import CheckpointError
@@ -45,7 +47,7 @@ def gradients(folder: Path) -> None:
 def test_two_processes_give_the_gradient_of_one(tmp_path):
     make_recipe(tmp_path)  # the corpus, before two processes look for it
     gradients(tmp_path)
-    debug_launcher(gradients, args=(tmp_path,), num_processes=2)
+    launch(gradients, tmp_path)
     one = torch.load(tmp_path / "1_0.pt")
     for rank in (0, 1):
         other = torch.load(tmp_path / f"2_{rank}.pt")
@@ -65,7 +67,7 @@ def test_a_run_in_two_processes_logs_what_one_logs_and_resumes_bit_for_bit(tmp_p
     short = (*SETTINGS, "training.max_steps=4", "training.evaluate_every=null")
     overrides = {name: (f"training.output_dir={tmp_path / name}", *short) for name in ("one", "two")}
     train(make_recipe(tmp_path, *overrides["one"]))
-    debug_launcher(run, args=(tmp_path, overrides["two"], False), num_processes=2)
+    launch(run, tmp_path, overrides["two"], False)
     one, two = (make_recipe(tmp_path, *overrides[name]) for name in ("one", "two"))
     for kind, name in (("train", "loss"), ("train", "solver_evaluations"), ("test", "nats_per_token")):
         values, others = ([line[name] for line in metrics(recipe, kind)] for recipe in (one, two))
@@ -73,8 +75,8 @@ def test_a_run_in_two_processes_logs_what_one_logs_and_resumes_bit_for_bit(tmp_p
         assert values == pytest.approx(others, rel=1e-4)
 
     again = (f"training.output_dir={tmp_path / 'again'}", *short)
-    debug_launcher(run, args=(tmp_path, (*again, "training.max_steps=2"), False), num_processes=2)
-    debug_launcher(run, args=(tmp_path, again, True), num_processes=2)
+    launch(run, tmp_path, (*again, "training.max_steps=2"), False)
+    launch(run, tmp_path, again, True)
     for name in ("model.safetensors", "rank_00000.safetensors", "rank_00001.safetensors", "optimizer.pt"):
         first, second = (tmp_path / folder / "checkpoints" / "step_00000004" / name for folder in ("two", "again"))
         assert first.read_bytes() == second.read_bytes()
@@ -93,9 +95,9 @@ def test_each_process_draws_its_own_budgets_and_draws_on_when_resumed(tmp_path):
         "training.log_every=100",  # so that an interval, which a checkpoint keeps, has all evaluations
     )
     whole, again = ((f"training.output_dir={tmp_path / name}", *settings) for name in ("whole", "again"))
-    debug_launcher(run, args=(tmp_path, whole, False), num_processes=2)
-    debug_launcher(run, args=(tmp_path, (*again, "training.max_steps=3"), False), num_processes=2)
-    debug_launcher(run, args=(tmp_path, again, True), num_processes=2)
+    launch(run, tmp_path, whole, False)
+    launch(run, tmp_path, (*again, "training.max_steps=3"), False)
+    launch(run, tmp_path, again, True)
     for name in ("model.safetensors", "rank_00000.safetensors", "rank_00001.safetensors", "optimizer.pt"):
         first, second = (tmp_path / folder / "checkpoints" / "step_00000008" / name for folder in ("whole", "again"))
         assert first.read_bytes() == second.read_bytes(), name
@@ -180,7 +182,7 @@ def skip_unconverged(folder: Path) -> None:
 
 def test_all_processes_skip_if_one_has_an_unconverged_adjoint_and_know_its_residual(tmp_path):
     make_recipe(tmp_path)
-    debug_launcher(skip_unconverged, args=(tmp_path,), num_processes=2)
+    launch(skip_unconverged, tmp_path)
     first, second = (torch.load(tmp_path / f"unconverged_{rank}.pt") for rank in (0, 1))
     assert first == second
     assert first["converged"][::2] == ({}, 0)
@@ -196,7 +198,7 @@ def test_all_processes_skip_if_one_has_an_unconverged_adjoint_and_know_its_resid
 def skipped(tmp_path_factory):
     folder = tmp_path_factory.mktemp("skip")
     make_recipe(folder)
-    debug_launcher(skip, args=(folder,), num_processes=2)
+    launch(skip, folder)
     return folder
 
 
@@ -224,3 +226,17 @@ def test_another_number_of_processes_is_refused(skipped, monkeypatch):
     with pytest.raises(CheckpointError, match=r"written by 2 process\(es\), and this run has 1"):
         checkpoint.restore(path, state, identity, rank=0)
     assert all(a.equal(b) for a, b in zip(before, state.model.parameters(), strict=True))
+
+
+def wait_for_the_other_that_does_not_come() -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator()
+    if accelerator.process_index == 0:
+        accelerator.wait_for_everyone()
+    else:
+        time.sleep(60)
+
+
+def test_processes_that_wait_for_each_other_for_ever_are_killed():
+    with pytest.raises(TimeoutError, match="2 processes have not ended"):
+        launch(wait_for_the_other_that_does_not_come, seconds=3)
