@@ -51,6 +51,12 @@ class Memory:
         memories = [part for part in parts if part is not None]
         return replace(memories[0], z=torch.cat([memory.z for memory in memories], dim=-1)) if memories else None
 
+    def share(self, rank: int, num_ranks: int) -> Memory:
+        """Of all streams, those of one process: `num_ranks` equal shares in order."""
+        size = len(self.z) // num_ranks
+        own = slice(rank * size, (rank + 1) * size)
+        return Memory(self.z[own], self.x[own], None if self.mask is None else self.mask[own])
+
     def mark_padding(self, key_mask: Tensor) -> Memory:
         """The same memory, of whose newest positions those are padding where `key_mask`, (B, L) bool, is False."""
         earlier = self.length - key_mask.shape[1]  # below 0, the oldest positions of the segment are not in memory

@@ -21,7 +21,7 @@ import logging
 import random
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import set_seed
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -48,6 +49,7 @@ from deq_lm.training.tracking import Interval
 MANIFEST = "manifest.json"
 
 MAY_CHANGE = (
+    "num_processes",
     "recipe.name",
     "recipe.model",
     "recipe.data.data_dir",
@@ -65,7 +67,8 @@ MAY_CHANGE = (
 )
 """Settings a run may be continued with another value of: they decide no update of the weights, or are meant to be raised
 (max_steps), or to be given up (faults: the policy that has ended a run), or are compared in another form (the model by its
-configuration, the data by a fingerprint, the phases by the steps they end at)."""
+configuration, the data by a fingerprint, the phases by the steps they end at). `restore` says what another number of
+processes means."""
 
 logger = logging.getLogger(__name__)
 
@@ -195,27 +198,61 @@ def newest_complete(folder: Path) -> Path | None:
 def restore(path: Path, state: TrainingState, identity: Identity, *, rank: int) -> None:
     """Put `state`, and this process's random generators, where they were when `path` was saved.
 
+    By another number of processes than wrote it, the same streams are continued in the same order: their memory is dealt
+    anew, as the streams are. Random numbers are drawn anew, from the seed, the step and the rank, so that with dropout or
+    regularization the run is another one than it would have been.
+
     Raises:
-        CheckpointError: the checkpoint is of another recipe, model, vocabulary, data or number of processes; each
-            difference is named, and nothing has been changed.
+        CheckpointError: the checkpoint is of another recipe, model, vocabulary or data; each difference is named, and
+            nothing has been changed.
     """
     shared = json.loads((path / "state.json").read_text("utf-8"))
-    _refuse_differences(path, build(Identity, shared["identity"], "identity"), identity)
-    own = json.loads((path / f"rank_{rank:05d}.json").read_text("utf-8"))
-    tensors = load_file(path / f"rank_{rank:05d}.safetensors")
+    saved = build(Identity, shared["identity"], "identity")
+    _refuse_differences(path, saved, identity)
     device = next(state.model.parameters()).device
+    progress = build(Progress, shared["progress"], "progress")
 
     load_weights(state.model, path / "model.safetensors")
     load_optimizer_state(state.optimizer, torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True))
     state.schedule.load_state_dict(shared["schedule"])
-    state.streams.load_state_dict(own["streams"])
-    state.progress = build(Progress, shared["progress"], "progress")
-    state.interval = build(Interval, own["interval"], "interval")
+    state.progress = progress
+    if saved.num_processes == identity.num_processes:
+        own, tensors = _read_own_files(path, rank)
+        state.streams.load_state_dict(own["streams"])
+        state.interval = build(Interval, own["interval"], "interval")
+        state.memory = _memory_of([tensors], device)
+        _set_random_state(own["random"], tensors)
+        return
+    logger.warning(
+        "%s was written by %d process(es), and this run has %d: the streams go on, dealt anew, with other random numbers",
+        path,
+        saved.num_processes,
+        identity.num_processes,
+    )
+    files = [_read_own_files(path, other) for other in range(saved.num_processes)]
+    state.streams.load_state_dict(files[0][0]["streams"])
+    intervals = [build(Interval, own["interval"], "interval") for own, _ in files]
+    state.interval = Interval.pooled(intervals) if rank == 0 else Interval.pooled(intervals).without_solves()
+    memory = _memory_of([tensors for _, tensors in files], device)
+    state.memory = None if memory is None else memory.share(rank, identity.num_processes)
+    sequence = np.random.SeedSequence([identity.recipe["seed"], progress.step, rank])
+    set_seed(int(sequence.generate_state(1)[0]))
+
+
+def _read_own_files(path: Path, rank: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What `_write_own_files` wrote."""
+    own = json.loads((path / f"rank_{rank:05d}.json").read_text("utf-8"))
+    return own, load_file(path / f"rank_{rank:05d}.safetensors")
+
+
+def _memory_of(files: Sequence[Mapping[str, Tensor]], device: torch.device) -> Memory | None:
+    """The memory in the tensors of some ranks, their streams one after the other."""
     remembered = {
-        name: tensors[f"memory.{name}"].to(device) for name in ("z", "x", "mask") if f"memory.{name}" in tensors
+        name: torch.cat([tensors[f"memory.{name}"] for tensors in files]).to(device)
+        for name in ("z", "x", "mask")
+        if f"memory.{name}" in files[0]
     }
-    state.memory = Memory(**remembered) if remembered else None
-    _set_random_state(own["random"], tensors)
+    return Memory(**remembered) if remembered else None
 
 
 def write_manifest(folder: Path) -> None:
@@ -329,11 +366,6 @@ def _set_random_state(numbers: Mapping[str, Any], tensors: Mapping[str, Tensor])
 
 
 def _refuse_differences(path: Path, saved: Identity, current: Identity) -> None:
-    if saved.num_processes != current.num_processes:
-        raise CheckpointError(
-            f"{path}: was written by {saved.num_processes} process(es), and this run has {current.num_processes}; "
-            f"each owns some of the streams. Start {saved.num_processes}, or begin a new run."
-        )
     found = differences(to_mapping(saved), to_mapping(current), MAY_CHANGE)
     if found:
         raise CheckpointError(

@@ -51,7 +51,7 @@ from deq_lm.training.faults import (
 )
 from deq_lm.training.optimizer import make_optimizer
 from deq_lm.training.phases import StepPlan, comparable_phases, plan_step, stretches
-from deq_lm.training.process import StopSignal, warn_of_missing_processes
+from deq_lm.training.process import StopSignal, check_processes
 from deq_lm.training.recipe import Recipe
 from deq_lm.training.run_folder import RunFolder
 from deq_lm.training.schedules import make_schedule
@@ -115,7 +115,7 @@ def _train(recipe: Recipe, resume: bool, held: ExitStack) -> int | None:
             "bf16, which has the range of float32 and needs no scaled loss. Give --mixed_precision bf16, or the recipe "
             "training.mixed_precision=bf16."
         )
-    warn_of_missing_processes(accelerator.num_processes)
+    check_processes(accelerator.num_processes)
     if accelerator.mixed_precision == "bf16":
         warn_of_precision_floor(recipe)
     disable_progress_bar()  # the library's, for every save; a run has its own

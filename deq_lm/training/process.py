@@ -10,22 +10,32 @@ from typing import Any
 
 import torch
 
+from deq_lm.errors import ConfigError
 from deq_lm.modeling.builders import build_solver
 from deq_lm.training.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
 
-def warn_of_missing_processes(num_processes: int) -> None:
-    """Log a warning if `accelerate launch` was asked for several processes and started one.
+def check_processes(num_processes: int) -> None:
+    """Notice a launch on CPUs that did not start what it was asked for.
 
-    Its simple launcher, which it takes for CPUs, sets an address to meet at but starts a single process and says nothing.
+    The simple launcher of `accelerate launch`, which it takes for CPUs, sets an address to meet at but starts a single
+    process and says nothing: a warning. Its launcher for GPUs starts all, but on a machine without any each is alone.
+
+    Raises:
+        ConfigError: the processes do not know of each other.
     """
     environment = os.environ
+    how = "ACCELERATE_USE_CPU=true accelerate launch --config_file recipes/accelerate/cpu_2.yaml ..."
+    if num_processes == 1 and int(environment.get("WORLD_SIZE", 1)) > 1:
+        raise ConfigError(
+            f"{environment['WORLD_SIZE']} processes were started that do not know of each other, since there is no GPU; to "
+            f"run several on CPUs: {how}"
+        )
     if num_processes == 1 and "MASTER_PORT" in environment and "WORLD_SIZE" not in environment:
         logger.warning(
-            "accelerate launch was asked for several processes but started one; to run several on CPUs: "
-            "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N ..."
+            "accelerate launch was asked for several processes but started one; to run several on CPUs: %s", how
         )
 
 

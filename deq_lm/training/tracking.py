@@ -8,7 +8,7 @@ import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -53,6 +53,23 @@ class Interval:
     adjoint_residuals: list[float] = field(default_factory=list)
     adjoint_outcomes: list[float] = field(default_factory=list)
     adjoint_fallbacks: list[float] = field(default_factory=list)
+
+    @staticmethod
+    def pooled(intervals: Sequence[Interval]) -> Interval:
+        """That of a single process, of which all solves were; sums over all processes are each one's already."""
+        solves = {
+            name: [number for interval in intervals for number in getattr(interval, name)] for name in Interval.solves()
+        }
+        return replace(intervals[0], **solves)
+
+    def without_solves(self) -> Interval:
+        """The same sums, of a process that has had no solves."""
+        return replace(self, **{name: [] for name in Interval.solves()})
+
+    @staticmethod
+    def solves() -> list[str]:
+        """The names of what there is of every solve."""
+        return [field.name for field in fields(Interval) if field.name.startswith(("solver_", "adjoint_"))]
 
 
 def summarize(intervals: Sequence[Interval]) -> dict[str, float | int | None]:

@@ -6,7 +6,8 @@ import signal
 
 import pytest
 
-from deq_lm.training.process import StopSignal, warn_of_missing_processes
+from deq_lm.errors import ConfigError
+from deq_lm.training.process import StopSignal, check_processes
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -35,14 +36,20 @@ def test_a_launcher_that_started_one_process_of_several_is_noticed(monkeypatch, 
     monkeypatch.setenv("MASTER_PORT", "29500")
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with caplog.at_level(logging.WARNING):
-        warn_of_missing_processes(1)
-    assert "--multi_gpu" in caplog.text
+        check_processes(1)
+    assert "recipes/accelerate/cpu_2.yaml" in caplog.text
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"2 processes .* do not know of each other.*ACCELERATE_USE_CPU=true"):
+        check_processes(1)
 
 
 def test_a_single_or_a_complete_launch_is_not_warned_about(monkeypatch, caplog):
     monkeypatch.delenv("MASTER_PORT", raising=False)
-    warn_of_missing_processes(1)
+    check_processes(1)
     monkeypatch.setenv("MASTER_PORT", "29500")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    warn_of_missing_processes(2)
+    check_processes(2)
     assert caplog.text == ""

@@ -9,9 +9,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from processes import launch
+from safetensors.torch import load_file
 from tiny_run import leave_weights_alone, make_recipe, make_state, metrics
+from torch.multiprocessing import ProcessRaisedException
 
-from deq_lm.errors import CheckpointError
 from deq_lm.training import checkpoint, loop
 from deq_lm.training.loop import train, train_step
 
@@ -217,15 +218,62 @@ def test_each_process_restores_its_own_memory(skipped):
     assert not first["memory"].equal(second["memory"])
 
 
-def test_another_number_of_processes_is_refused(skipped, monkeypatch):
+def test_another_number_of_processes_that_the_streams_cannot_be_dealt_to_is_refused(tmp_path):
+    make_recipe(tmp_path)
+    with pytest.raises(ProcessRaisedException, match="num_streams=4 cannot be shared out evenly among 3 processes"):
+        launch(run, tmp_path, (), False, num_processes=3)
+
+
+def weights_of(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    return load_file(folder / "checkpoints" / f"step_{step:08d}" / "model.safetensors")
+
+
+def test_a_run_goes_on_in_another_number_of_processes(tmp_path, caplog):
+    settings = (*SETTINGS, "training.evaluate_every=null", "training.checkpoint_every=20", "training.log_every=6")
+    settings += ("training.max_steps=20", "training.schedule.decay_steps=20", "model.cell.init_std=0.2")
+    settings += ("model.stopping={max_steps: 60, rtol: 1.0e-5}", "training.faults.unconverged_adjoint.policy=ignore")
+    settings += ("model.adjoint={name: implicit, stopping: {max_steps: 60, rtol: 1.0e-5}}",)
+    whole, dealt = ((f"training.output_dir={tmp_path / name}", *settings) for name in ("whole", "dealt"))
+    train(make_recipe(tmp_path, *whole))
+    train(make_recipe(tmp_path, *dealt, "training.max_steps=7"))  # in the middle of what makes a line of metrics
+    launch(run, tmp_path, (*dealt, "training.max_steps=14"), True)
+    with caplog.at_level("WARNING"):
+        train(make_recipe(tmp_path, *dealt), resume=True)
+    assert "written by 2 process(es), and this run has 1" in caplog.text
+    lines, others = (metrics(make_recipe(tmp_path, *overrides), "train") for overrides in (whole, dealt))
+    assert [line["step"] for line in others] == [line["step"] for line in lines] == [6, 12, 18]
+    for line, other in zip(lines, others, strict=True):
+        assert other["loss"] == pytest.approx(line["loss"], rel=1e-4)
+        assert other["solver_evaluations"] == pytest.approx(line["solver_evaluations"], rel=0.05)
+    weights = [weights_of(tmp_path / name, 20) for name in ("whole", "dealt")]
+    for name, weight in weights[0].items():
+        assert torch.dist(weights[1][name], weight) <= 1e-3 * weight.norm(), name
+
+
+def remembered(folder: Path) -> None:
+    """Each of two processes restores what one wrote, and leaves its memory and its next segment."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    torch.set_num_threads(1)
+    accelerator = Accelerator()
+    state, identity, _ = make_state(make_recipe(folder, *SETTINGS), accelerator)
+    rank = accelerator.process_index
+    checkpoint.restore(checkpoint.newest_complete(folder / "checkpoints"), state, identity, rank=rank)
+    facts = {"memory": state.memory.x, "next": state.streams.next_segment().input_ids, "draw": torch.rand(1)}
+    torch.save(facts, folder / f"remembered_{rank}.pt")
+
+
+def test_every_stream_keeps_its_memory_and_its_place_in_the_text(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     accelerator = Accelerator()
-    state, identity, _ = make_state(make_recipe(skipped, *SETTINGS), accelerator)
-    path = checkpoint.newest_complete(skipped / "checkpoints")
-    before = [parameter.clone() for parameter in state.model.parameters()]
-    with pytest.raises(CheckpointError, match=r"written by 2 process\(es\), and this run has 1"):
-        checkpoint.restore(path, state, identity, rank=0)
-    assert all(a.equal(b) for a, b in zip(before, state.model.parameters(), strict=True))
+    recipe = make_recipe(tmp_path, *SETTINGS)
+    state, identity, tokenizer = make_state(recipe, accelerator)
+    train_step(accelerator, state.model, state, recipe, stop_requested=False)
+    checkpoint.save(tmp_path / "checkpoints", state, identity, tokenizer, accelerator, keep=1)
+    launch(remembered, tmp_path)
+    first, second = (torch.load(tmp_path / f"remembered_{rank}.pt") for rank in (0, 1))
+    assert torch.cat([first["memory"], second["memory"]]).equal(state.memory.x)
+    assert torch.cat([first["next"], second["next"]]).equal(state.streams.next_segment().input_ids)
+    assert not first["draw"].equal(second["draw"])
 
 
 def wait_for_the_other_that_does_not_come() -> None:
