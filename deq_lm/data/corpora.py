@@ -109,7 +109,10 @@ def _split_files(folder: Path, patterns: tuple[str, ...]) -> dict[str, FileDocum
         if len(found) != 1:
             problem = "there is none" if not found else "there are both"
             raise DataError(f"{folder}: the {split} split is {' or '.join(names)}, and {problem}. Give exactly one.")
-        files[split] = FileDocuments(folder / found[0], split)
+        path = folder / found[0]
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise DataError(f"{path}: is a link to {path.resolve()}, outside the folder. Put the file itself there.")
+        files[split] = FileDocuments(path, split)
     return files
 
 

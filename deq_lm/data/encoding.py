@@ -169,11 +169,14 @@ def load_prepared(folder: str | Path, *, expected: DataConfig | None = None) -> 
         splits = {name: _read_split(folder, name, summary["splits"][name]) for name in SPLITS}
         made_with = summary["tokenizer"], summary["vocab_size"]
         fingerprint, corpus = summary["fingerprint"], summary["corpus"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        tokenizer = load_tokenizer(folder / "tokenizer")
+        for name, split in splits.items():
+            if split.tokens.max() >= len(tokenizer):
+                raise ValueError(f"{name}.npy has the token {split.tokens.max()}, of a vocabulary of {len(tokenizer)}")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(
             f"{folder}: the prepared data is damaged ({error}). Remove the folder and prepare again."
         ) from error
-    tokenizer = load_tokenizer(folder / "tokenizer")
     # "word_level" may have been asked for all words, and expected with as many as there were
     sizes = (None, made_with[1], len(tokenizer))
     if expected is not None and (expected.tokenizer != made_with[0] or expected.vocab_size not in sizes):
@@ -207,8 +210,10 @@ def _is_prepared(folder: Path) -> bool:
 
 
 def _read_split(folder: Path, name: str, counts: Mapping[str, int]) -> EncodedSplit:
-    tokens = read_tokens(folder / f"{name}.npy", counts["num_tokens"] + 1)
-    return EncodedSplit(tokens, counts["num_words"], counts["num_bytes"], counts["num_unknown"])
+    numbers = [counts[key] for key in ("num_tokens", "num_words", "num_bytes", "num_unknown")]
+    if not all(type(number) is int and number >= 0 for number in numbers):
+        raise ValueError(f"the counts of {name} are {numbers}")
+    return EncodedSplit(read_tokens(folder / f"{name}.npy", numbers[0] + 1), *numbers[1:])
 
 
 def _cache_name(config: DataConfig, corpus: Corpus) -> str:

@@ -22,6 +22,8 @@ import numpy as np
 from deq_lm.errors import DataError
 
 SPLITS = ("train", "valid", "test")
+MAX_LINE_BYTES = 1 << 28
+"""Longest line that is read: one that never ends would fill the memory, and an .xz of a few kilobytes can hold it."""
 _TITLE = re.compile(r" ?= (?!=)[^\n]*(?<!=) = ?\n?")
 
 
@@ -32,13 +34,17 @@ def read_lines(path: Path) -> Iterator[str]:
     A byte order mark at the start is dropped. The last line may lack its newline.
 
     Raises:
-        DataError: the file cannot be opened or decompressed, is not UTF-8, or has a NUL; names the file and, for its
-            content, the byte offset (in the decompressed text of an `.xz`).
+        DataError: the file cannot be opened or decompressed, is not UTF-8, has a NUL or an endless line; names the file
+            and, for its content, the byte offset (in the decompressed text of an `.xz`).
     """
     offset = 0
     try:
         with _open(path) as file:
-            for line in file:
+            while line := file.readline(MAX_LINE_BYTES + 1):
+                if len(line) > MAX_LINE_BYTES:
+                    raise DataError(
+                        f"{path}: the line at byte {offset} is longer than {MAX_LINE_BYTES:,} bytes. Break it up."
+                    )
                 yield _decode(line, offset, path)
                 offset += len(line)
     except (OSError, EOFError, lzma.LZMAError) as error:

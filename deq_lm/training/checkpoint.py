@@ -21,7 +21,8 @@ import logging
 import random
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
@@ -203,25 +204,25 @@ def restore(path: Path, state: TrainingState, identity: Identity, *, rank: int) 
     regularization the run is another one than it would have been.
 
     Raises:
-        CheckpointError: the checkpoint is of another recipe, model, vocabulary or data; each difference is named, and
-            nothing has been changed.
+        CheckpointError: the checkpoint is of another recipe, model, vocabulary or data, each difference named; or a file
+            holds what cannot be loaded, though its hash is right. Nothing has been changed.
     """
-    shared = json.loads((path / "state.json").read_text("utf-8"))
-    saved = build(Identity, shared["identity"], "identity")
-    _refuse_differences(path, saved, identity)
+    shared = _read_shared(path, state, identity)
+    saved = shared.identity
     device = next(state.model.parameters()).device
-    progress = build(Progress, shared["progress"], "progress")
+    is_dealt_anew = saved.num_processes != identity.num_processes
+    files = [_read_own(path, other) for other in (range(saved.num_processes) if is_dealt_anew else [rank])]
+    memory = _memory_of([own.tensors for own in files], device, path)
 
+    with _named(path / "rank_*.json"):
+        state.streams.load_state_dict(files[0].streams)  # raises before it changes anything
     load_weights(state.model, path / "model.safetensors")
-    load_optimizer_state(state.optimizer, torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True))
-    state.schedule.load_state_dict(shared["schedule"])
-    state.progress = progress
-    if saved.num_processes == identity.num_processes:
-        own, tensors = _read_own_files(path, rank)
-        state.streams.load_state_dict(own["streams"])
-        state.interval = build(Interval, own["interval"], "interval")
-        state.memory = _memory_of([tensors], device)
-        _set_random_state(own["random"], tensors)
+    load_optimizer_state(state.optimizer, shared.optimizer)
+    state.schedule.load_state_dict(dict(shared.schedule))
+    state.progress = shared.progress
+    if not is_dealt_anew:
+        state.interval, state.memory = files[0].interval, memory
+        _set_random_state(files[0].random, files[0].tensors)
         return
     logger.warning(
         "%s was written by %d process(es), and this run has %d: the streams go on, dealt anew, with other random numbers",
@@ -229,30 +230,136 @@ def restore(path: Path, state: TrainingState, identity: Identity, *, rank: int) 
         saved.num_processes,
         identity.num_processes,
     )
-    files = [_read_own_files(path, other) for other in range(saved.num_processes)]
-    state.streams.load_state_dict(files[0][0]["streams"])
-    intervals = [build(Interval, own["interval"], "interval") for own, _ in files]
-    state.interval = Interval.pooled(intervals) if rank == 0 else Interval.pooled(intervals).without_solves()
-    memory = _memory_of([tensors for _, tensors in files], device)
+    pooled = Interval.pooled([own.interval for own in files])
+    state.interval = pooled if rank == 0 else pooled.without_solves()
     state.memory = None if memory is None else memory.share(rank, identity.num_processes)
-    sequence = np.random.SeedSequence([identity.recipe["seed"], progress.step, rank])
+    sequence = np.random.SeedSequence([identity.recipe["seed"], shared.progress.step, rank])
     set_seed(int(sequence.generate_state(1)[0]))
 
 
-def _read_own_files(path: Path, rank: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+@dataclass(frozen=True)
+class _Shared:
+    """What `_write_shared_files` wrote beside the weights; found to fit the run."""
+
+    identity: Identity
+    progress: Progress
+    schedule: Mapping[str, Any]
+    optimizer: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class _Own:
     """What `_write_own_files` wrote."""
-    own = json.loads((path / f"rank_{rank:05d}.json").read_text("utf-8"))
-    return own, load_file(path / f"rank_{rank:05d}.safetensors")
+
+    streams: Mapping[str, int]
+    interval: Interval
+    random: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
 
 
-def _memory_of(files: Sequence[Mapping[str, Tensor]], device: torch.device) -> Memory | None:
+def _read_shared(path: Path, state: TrainingState, identity: Identity) -> _Shared:
+    """Raises CheckpointError, naming file and place, for anything that could not be loaded into `state`."""
+    with _named(path / "state.json"):
+        content = _read_json(path / "state.json")
+        saved = build(Identity, content["identity"], "identity")
+        progress = build(Progress, content["progress"], "progress")
+        schedule, current = content["schedule"], state.schedule.state_dict()
+        if not isinstance(schedule, dict) or _layout(schedule) != _layout(current):
+            raise ValueError("schedule: is of another kind")
+    _refuse_differences(path, saved, identity)
+    with _named(path / "model.safetensors"):
+        with safe_open(path / "model.safetensors", "pt") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        ties = state.model.all_tied_weights_keys
+        own = {name: tuple(p.shape) for name, p in state.model.state_dict().items() if name not in ties}
+        _refuse_other_shapes(shapes, own)
+    with _named(path / "optimizer.pt"):
+        optimizer = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
+        groups = state.optimizer.param_groups
+        found = [len(group["params"]) for group in optimizer["param_groups"]]
+        if found != [len(group["params"]) for group in groups]:
+            raise ValueError(f"groups of {found} parameters: expected {[len(group['params']) for group in groups]}")
+        parameters = [parameter for group in groups for parameter in group["params"]]
+        for i, moments in optimizer["state"].items():
+            for name, value in moments.items():
+                if isinstance(value, Tensor) and value.dim() > 0 and value.shape != parameters[i].shape:
+                    raise ValueError(
+                        f"{name} of parameter {i}: shape {tuple(value.shape)}; expected {tuple(parameters[i].shape)}"
+                    )
+    return _Shared(saved, progress, schedule, optimizer)
+
+
+def _read_own(path: Path, rank: int) -> _Own:
+    """Raises CheckpointError likewise."""
+    name = path / f"rank_{rank:05d}.json"
+    with _named(name):
+        content = _read_json(name)
+        streams = build(_Place, content["streams"], "streams")
+        interval = build(Interval, content["interval"], "interval")
+    with _named(name.with_suffix(".safetensors")):
+        tensors = load_file(name.with_suffix(".safetensors"))
+        random_state = content["random"]
+        _try_random_state(random_state, tensors)
+    return _Own(to_mapping(streams), interval, random_state, tensors)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Of streams, as their `state_dict` says it."""
+
+    epoch: int
+    segment: int
+
+
+@contextmanager
+def _named(file: Path) -> Iterator[None]:
+    """Any failure to understand `file` as a CheckpointError that names it."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise CheckpointError(
+            f"{file}: is not what a checkpoint of this run holds ({reason}). Take another checkpoint, or begin a new run."
+        ) from error
+
+
+def _read_json(path: Path) -> Any:
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no number")
+
+    return json.loads(path.read_text("utf-8"), parse_constant=refuse)
+
+
+def _layout(value: Any) -> Any:
+    """The kinds of plain data, without the values."""
+    if isinstance(value, dict):
+        return {name: _layout(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_layout(item) for item in value]
+    return "number" if isinstance(value, int | float) else type(value).__name__
+
+
+def _refuse_other_shapes(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
+    for name in sorted({*found, *expected}):
+        if found.get(name) != expected.get(name):
+            there, here = (shapes.get(name, "nothing") for shapes in (found, expected))
+            raise ValueError(f"{name}: {there} there, {here} here")
+
+
+def _memory_of(files: Sequence[Mapping[str, Tensor]], device: torch.device, path: Path) -> Memory | None:
     """The memory in the tensors of some ranks, their streams one after the other."""
-    remembered = {
-        name: torch.cat([tensors[f"memory.{name}"] for tensors in files]).to(device)
-        for name in ("z", "x", "mask")
-        if f"memory.{name}" in files[0]
-    }
-    return Memory(**remembered) if remembered else None
+    with _named(path / "rank_*.safetensors"):
+        remembered = {
+            name: torch.cat([tensors[f"memory.{name}"] for tensors in files]).to(device)
+            for name in ("z", "x", "mask")
+            if f"memory.{name}" in files[0]
+        }
+        memory = Memory(**remembered) if remembered else None
+        if memory is not None and memory.z.shape[:2] != memory.x.shape[:2]:
+            raise ValueError(f"memory of shapes {tuple(memory.z.shape)} and {tuple(memory.x.shape)}")
+    return memory
 
 
 def write_manifest(folder: Path) -> None:
@@ -353,6 +460,15 @@ def _random_state() -> tuple[dict[str, Any], dict[str, Tensor]]:
         "python": [version, list(internal), gauss],
         "numpy": [kind, position, has_gauss, cached],
     }, tensors
+
+
+def _try_random_state(numbers: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Raises what `_set_random_state` would, and sets nothing."""
+    version, internal, gauss = numbers["python"]
+    random.Random().setstate((version, tuple(internal), gauss))  # noqa: S311
+    kind, *rest = numbers["numpy"]
+    np.random.RandomState().set_state((kind, tensors["random.numpy"].numpy(), *rest))
+    torch.Generator().set_state(tensors["random.torch"])
 
 
 def _set_random_state(numbers: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
