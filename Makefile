@@ -8,7 +8,7 @@ RUN    := runs/demo_cpu_$(shell date +%Y%m%d_%H%M%S)
 COMPARED := eval/results/compare_wikipedia eval/results/peak_memory_published.json
 
 .DEFAULT_GOAL := help
-.PHONY: help demo report test test-slow lint clean
+.PHONY: help demo report test test-slow lint audit clean
 
 help:            ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -40,6 +40,11 @@ lint: $(READY)   ## style, types and layering
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright
 	$(BIN)/lint-imports
+
+audit: $(READY)  ## known vulnerabilities of the dependencies, and risky code (needs the network)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[audit]'
+	$(BIN)/bandit --quiet --recursive --severity-level medium deq_lm scripts eval
+	$(BIN)/pip-audit --skip-editable
 
 clean:           ## remove the environment and what runs wrote
 	rm -rf $(VENV) runs cache

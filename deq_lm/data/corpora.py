@@ -171,8 +171,12 @@ def _from_hub(name: str) -> Corpus:
 def _hub_answers() -> bool:
     """Whether the hub (or HF_ENDPOINT, through a proxy where one is set) answers anything within two seconds."""
     url = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    if not url.startswith(("https://", "http://")):
+        return False
     try:
-        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=_PROBE_SECONDS).close()  # noqa: S310
+        # its scheme has been looked at
+        request = urllib.request.Request(url, method="HEAD")  # noqa: S310
+        urllib.request.urlopen(request, timeout=_PROBE_SECONDS).close()  # noqa: S310  # nosec B310
     except urllib.error.HTTPError:
         return True
     except (OSError, ValueError):

@@ -20,12 +20,12 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from deq_lm.data.corpora import CORPUS_NAMES, PUBLISHED_VOCABULARY, PUBLISHED_WORDS, Corpus, load_corpus
-from deq_lm.data.split_encoding import encode_split
+from deq_lm.data.split_encoding import SplitCounts, encode_split
 from deq_lm.data.text_files import SPLITS, file_digest
 from deq_lm.data.token_file import TokenWriter, read_tokens
 from deq_lm.data.tokenizers import TOKENIZER_KINDS, load_tokenizer, train_tokenizer
 from deq_lm.errors import ConfigError, DataError
-from deq_lm.structure import nearest
+from deq_lm.structure import build, nearest
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +108,18 @@ class EncodedCorpus:
     caveats: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class _Summary:
+    """What a prepared folder says of itself."""
+
+    format: int
+    fingerprint: str
+    corpus: str
+    tokenizer: str
+    vocab_size: int | None
+    splits: Mapping[str, SplitCounts]
+
+
 def prepare(config: DataConfig, cache_dir: str | Path | None = None) -> EncodedCorpus:
     """The encoded corpus, from the cache if it was prepared before from the same text with the same settings.
 
@@ -163,20 +175,19 @@ def load_prepared(folder: str | Path, *, expected: DataConfig | None = None) -> 
     if not _is_prepared(folder):
         raise DataError(f"{folder}: no {_SUMMARY} there. Make a prepared folder with scripts/prepare_data.py.")
     try:
-        summary = json.loads((folder / _SUMMARY).read_text(encoding="utf-8"))
-        if summary["format"] != _FORMAT:
-            raise ValueError(f"format {summary['format']}, not {_FORMAT}")
-        splits = {name: _read_split(folder, name, summary["splits"][name]) for name in SPLITS}
-        made_with = summary["tokenizer"], summary["vocab_size"]
-        fingerprint, corpus = summary["fingerprint"], summary["corpus"]
+        summary = build(_Summary, json.loads((folder / _SUMMARY).read_text(encoding="utf-8")), _SUMMARY)
+        if summary.format != _FORMAT:
+            raise ValueError(f"format {summary.format}, not {_FORMAT}")
+        splits = {name: _read_split(folder, name, summary.splits[name]) for name in SPLITS}
         tokenizer = load_tokenizer(folder / "tokenizer")
         for name, split in splits.items():
             if split.tokens.max() >= len(tokenizer):
                 raise ValueError(f"{name}.npy has the token {split.tokens.max()}, of a vocabulary of {len(tokenizer)}")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, EOFError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(
             f"{folder}: the prepared data is damaged ({error}). Remove the folder and prepare again."
         ) from error
+    made_with = summary.tokenizer, summary.vocab_size
     # "word_level" may have been asked for all words, and expected with as many as there were
     sizes = (None, made_with[1], len(tokenizer))
     if expected is not None and (expected.tokenizer != made_with[0] or expected.vocab_size not in sizes):
@@ -184,10 +195,10 @@ def load_prepared(folder: str | Path, *, expected: DataConfig | None = None) -> 
             f"{folder}: was prepared with tokenizer {made_with[0]} and vocab_size {made_with[1]} ({len(tokenizer):,} "
             f"entries), not {expected.tokenizer} and {expected.vocab_size}. Ask for those, or prepare again."
         )
-    caveats = _caveats(corpus, splits, tokenizer if made_with == ("word_level", None) else None)
+    caveats = _caveats(summary.corpus, splits, tokenizer if made_with == ("word_level", None) else None)
     for caveat in caveats:
         logger.warning("%s: %s", folder, caveat)
-    return EncodedCorpus(tokenizer, splits, fingerprint, caveats)
+    return EncodedCorpus(tokenizer, splits, summary.fingerprint, caveats)
 
 
 def _caveats(
@@ -209,11 +220,9 @@ def _is_prepared(folder: Path) -> bool:
     return (folder / _SUMMARY).is_file()
 
 
-def _read_split(folder: Path, name: str, counts: Mapping[str, int]) -> EncodedSplit:
-    numbers = [counts[key] for key in ("num_tokens", "num_words", "num_bytes", "num_unknown")]
-    if not all(type(number) is int and number >= 0 for number in numbers):
-        raise ValueError(f"the counts of {name} are {numbers}")
-    return EncodedSplit(read_tokens(folder / f"{name}.npy", numbers[0] + 1), *numbers[1:])
+def _read_split(folder: Path, name: str, counts: SplitCounts) -> EncodedSplit:
+    tokens = read_tokens(folder / f"{name}.npy", counts.num_tokens + 1)
+    return EncodedSplit(tokens, counts.num_words, counts.num_bytes, counts.num_unknown)
 
 
 def _cache_name(config: DataConfig, corpus: Corpus) -> str:

@@ -45,7 +45,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def parse_yaml(text: str, where: str) -> Any:
     """The value `text` stands for, or a ConfigError starting with `where` and, if known, the line."""
     try:
-        return yaml.load(text, Loader=_StrictLoader)
+        # a SafeLoader that knows less
+        return yaml.load(text, Loader=_StrictLoader)  # nosec B506
     except yaml.MarkedYAMLError as error:
         line = f" line {error.problem_mark.line + 1}:" if error.problem_mark else ""
         raise ConfigError(f"{where}:{line} {error.problem or error.context}.") from error

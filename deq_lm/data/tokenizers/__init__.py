@@ -55,7 +55,8 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
             f"{nearest(str(folder), TOKENIZER_KINDS)}"
         )
     try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        # a folder; nothing is downloaded
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)  # nosec B615
     except Exception as error:  # tokenizers raises plain Exception
         raise DataError(f"{folder}: tokenizer.json cannot be read ({error}). Save the tokenizer again.") from error
     if tokenizer.eos_token_id is None:
