@@ -102,7 +102,11 @@ def _checked_mapping(value: Any, where: str) -> Mapping[str, Any]:
 
 
 def _place(where: str, key: str) -> str:
-    return f"{where}.{key if key.isprintable() else repr(key)}"  # a message is one line
+    return f"{where}.{_in_one_line(key)}"
+
+
+def _in_one_line(key: str) -> str:
+    return key if key.isprintable() else repr(key)
 
 
 def _is_required(field: dataclasses.Field[Any]) -> bool:
@@ -220,8 +224,9 @@ def _flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested sections as one mapping from dotted names to values."""
     flat = {}
     for key, value in mapping.items():
+        name = f"{prefix}{_in_one_line(key)}"
         if isinstance(value, Mapping) and value:
-            flat |= _flat(value, f"{prefix}{key}.")
+            flat |= _flat(value, f"{name}.")
         else:
-            flat[f"{prefix}{key}"] = value
+            flat[name] = value
     return flat

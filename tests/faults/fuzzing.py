@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis.strategies import SearchStrategy
 
-QUICK, SLOW = 50, 1500
+QUICK, SLOW = 50, 2000
 
 sizes = pytest.mark.parametrize("num_inputs", [QUICK, pytest.param(SLOW, marks=pytest.mark.slow)])
 

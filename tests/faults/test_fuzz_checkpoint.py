@@ -118,7 +118,7 @@ def test_json_of_which_something_is_replaced_or_removed_is_refused_or_read(saved
             assert str(saved.copy) in problem
             assert saved.everything() == before
 
-    fuzz(check, st.tuples(st.sampled_from(list(places(original))), values, st.booleans()), min(num_inputs, 800))
+    fuzz(check, st.tuples(st.sampled_from(list(places(original))), values, st.booleans()), min(num_inputs, 600))
 
 
 @sizes
