@@ -137,7 +137,7 @@ def _kill_once(recipe: Recipe, counts: Counts, draw: random.Random, seconds: flo
             writes -= len(aside - before)
             before |= aside
             time.sleep(2e-4)
-        time.sleep(draw.uniform(0, 0.05))
+        time.sleep(draw.uniform(0, 0.03))
     else:
         process.join(draw.uniform(0, seconds / 2))
     process.kill()
