@@ -9,7 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch.multiprocessing
-from accelerate.utils import PrepareForLaunch, patch_environment
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, PrepareForLaunch, patch_environment
 
 
 def launch(function: Callable[..., None], *arguments: Any, num_processes: int = 2, seconds: float = 180) -> None:
@@ -29,6 +30,7 @@ def launch(function: Callable[..., None], *arguments: Any, num_processes: int = 
             accelerate_debug_rdv_file=rendezvous.name,
             accelerate_use_cpu="yes",
             gloo_socket_ifname="lo",
+            cuda_visible_devices="",  # sharding would take the GPUs that it sees
         ),
     ):
         context = torch.multiprocessing.start_processes(
@@ -45,3 +47,25 @@ def launch(function: Callable[..., None], *arguments: Any, num_processes: int = 
                 for process in context.processes:
                     os.kill(process.pid, 9)
                 raise TimeoutError(f"{num_processes} processes have not ended after {seconds} s")
+
+
+class ShardingAccelerator(Accelerator):
+    """What `accelerate launch` with recipes/accelerate/gpu_8_fsdp2.yaml gives, on CPUs.
+
+    Accelerate refuses FSDP where there is no accelerator, PyTorch does not. All but that refusal is the real thing.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            reshard_after_forward=False,
+            auto_wrap_policy="transformer_based_wrap",
+            cpu_ram_efficient_loading=False,
+        )
+        if self.mixed_precision != "no":
+            self.state.fsdp_plugin.set_mixed_precision(self.mixed_precision)
+        self.state.distributed_type = DistributedType.FSDP
+        PartialState._shared_state["distributed_type"] = (
+            DistributedType.FSDP
+        )  # from which every AcceleratorState() copies

@@ -212,7 +212,8 @@ def restore(path: Path, state: TrainingState, identity: Identity, *, rank: int) 
     device = next(state.model.parameters()).device
     is_dealt_anew = saved.num_processes != identity.num_processes
     files = [_read_own(path, other) for other in (range(saved.num_processes) if is_dealt_anew else [rank])]
-    memory = _memory_of([own.tensors for own in files], device, path)
+    streams_each = identity.recipe["training"]["batch_size"] // saved.num_processes
+    memory = _memory_of([own.tensors for own in files], streams_each, device, path)
 
     with _named(path / "rank_*.json"):
         state.streams.load_state_dict(files[0].streams)  # raises before it changes anything
@@ -348,17 +349,27 @@ def _refuse_other_shapes(found: Mapping[str, tuple[int, ...]], expected: Mapping
             raise ValueError(f"{name}: {there} there, {here} here")
 
 
-def _memory_of(files: Sequence[Mapping[str, Tensor]], device: torch.device, path: Path) -> Memory | None:
+def _memory_of(
+    files: Sequence[Mapping[str, Tensor]], streams_each: int, device: torch.device, path: Path
+) -> Memory | None:
     """The memory in the tensors of some ranks, their streams one after the other."""
     with _named(path / "rank_*.safetensors"):
+        # Copied also where there is one: safetensors' tensors are not aligned, and that changes the last bits of a sum.
         remembered = {
-            name: torch.cat([tensors[f"memory.{name}"] for tensors in files]).to(device)
+            name: torch.cat([tensors[f"memory.{name}"].clone() for tensors in files]).to(device)
             for name in ("z", "x", "mask")
             if f"memory.{name}" in files[0]
         }
         memory = Memory(**remembered) if remembered else None
-        if memory is not None and memory.z.shape[:2] != memory.x.shape[:2]:
-            raise ValueError(f"memory of shapes {tuple(memory.z.shape)} and {tuple(memory.x.shape)}")
+        if memory is not None and not (
+            memory.z.dim() == memory.x.dim() == 3
+            and memory.z.shape[:2] == memory.x.shape[:2]
+            and len(memory.z) == streams_each * len(files)
+        ):
+            raise ValueError(
+                f"memory of shapes {tuple(memory.z.shape)} and {tuple(memory.x.shape)}: expected "
+                f"{streams_each * len(files)} streams"
+            )
     return memory
 
 

@@ -199,7 +199,8 @@ def give_up(step: int, config: FaultsConfig, faults: Mapping[str, float | None],
         SolveError: a solve did not converge.
     """
     too_many = num_skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW
-    final = [name for name in faults if too_many or config.policy(name) == "raise"]
+    ends: tuple[Policy, ...] = ("skip", "retry", "raise") if too_many else ("raise",)
+    final = [name for name in faults if config.policy(name) in ends]
     if not final:
         return
     found = "; ".join(_in_words(name, faults[name], config) for name in final)

@@ -116,6 +116,11 @@ def _train(recipe: Recipe, resume: bool, held: ExitStack) -> int | None:
             "training.mixed_precision=bf16."
         )
     check_processes(accelerator.num_processes)
+    if recipe.evaluation.batch_size % accelerator.num_processes:
+        raise ConfigError(
+            f"evaluation.batch_size={recipe.evaluation.batch_size} cannot be shared out evenly among "
+            f"{accelerator.num_processes} processes, each of which scores whole streams. Make it a multiple."
+        )
     if accelerator.mixed_precision == "bf16":
         warn_of_precision_floor(recipe)
     disable_progress_bar()  # the library's, for every save; a run has its own

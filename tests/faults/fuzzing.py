@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -12,6 +12,14 @@ from hypothesis.strategies import SearchStrategy
 QUICK, SLOW = 50, 2000
 
 sizes = pytest.mark.parametrize("num_inputs", [QUICK, pytest.param(SLOW, marks=pytest.mark.slow)])
+
+
+def places(mapping: dict[str, Any], prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The keys that lead to each value of nested sections, and to each section."""
+    for key, value in mapping.items():
+        yield (*prefix, key)
+        if isinstance(value, dict):
+            yield from places(value, (*prefix, key))
 
 
 def fuzz(check: Callable[[Any], None], inputs: SearchStrategy[Any], num_inputs: int) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from fuzzing import fuzz, sizes
+from fuzzing import fuzz, places, sizes
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tiny_run import make_recipe, make_state
@@ -80,13 +80,6 @@ def test_an_unaltered_copy_is_restored(saved):
     before = saved.everything()
     restore(saved.copy, saved.state, saved.identity, rank=0)
     assert saved.everything() != before
-
-
-def places(mapping, prefix=()):
-    for key, value in mapping.items():
-        yield (*prefix, key)
-        if isinstance(value, dict):
-            yield from places(value, (*prefix, key))
 
 
 @sizes
@@ -199,6 +192,15 @@ def test_random_states_of_the_wrong_kind_are_refused(saved):
     before = np.random.get_state()[1].copy()  # noqa: NPY002
     saved.refuses("rank_00000.safetensors")
     assert (np.random.get_state()[1] == before).all()  # noqa: NPY002
+
+
+def test_memory_of_another_number_of_streams_is_refused(saved):
+    with saved.altered() as path:
+        tensors = load_file(path / "rank_00000.safetensors")
+        for name in ("memory.z", "memory.x"):
+            tensors[name] = tensors[name][1:].clone()
+        save_file(tensors, path / "rank_00000.safetensors")
+    assert "expected 4 streams" in saved.refuses("rank_")
 
 
 class Evil:

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import yaml
-from fuzzing import fuzz, sizes
+from fuzzing import fuzz, places, sizes
 from hypothesis import strategies as st
 from tiny_run import recipe_mapping
 
@@ -27,13 +27,6 @@ scalars = (
 values = st.recursive(
     scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
 )
-
-
-def places(mapping, prefix=()):
-    for key, value in mapping.items():
-        yield (*prefix, key)
-        if isinstance(value, dict):
-            yield from places(value, (*prefix, key))
 
 
 @pytest.fixture

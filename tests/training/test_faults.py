@@ -23,6 +23,7 @@ from deq_lm.training.faults import (
     FaultsConfig,
     describe_account,
     find_faults,
+    give_up,
     sternest_policy,
     worst_solve,
 )
@@ -134,6 +135,15 @@ def test_the_account_says_how_often_each_fault_happened():
     assert describe_account(account, 1200) == (
         "faults in 1,200 steps: loss_spike 1, unconverged_solve 2; 3 steps computed once more, 1 without an update"
     )
+
+
+def test_a_run_that_gives_up_blames_what_forbade_the_updates_and_not_what_it_was_only_warned_of():
+    faults = {"loss_spike": 5.0, "unconverged_adjoint": 2.0}
+    policies = config(loss_spike="warn", unconverged_adjoint="skip")
+    give_up(30, policies, faults, num_skipped_in_a_row=MAX_SKIPPED_IN_A_ROW - 1)
+    with pytest.raises(SolveError, match="step 30: an adjoint solve did not converge") as caught:
+        give_up(30, policies, faults, num_skipped_in_a_row=MAX_SKIPPED_IN_A_ROW)
+    assert "the loss rose" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("name", "updates"), [("ignore", True), ("warn", True), ("skip", False), ("raise", False)])

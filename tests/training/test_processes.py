@@ -221,7 +221,14 @@ def test_each_process_restores_its_own_memory(skipped):
 def test_another_number_of_processes_that_the_streams_cannot_be_dealt_to_is_refused(tmp_path):
     make_recipe(tmp_path)
     with pytest.raises(ProcessRaisedException, match="num_streams=4 cannot be shared out evenly among 3 processes"):
-        launch(run, tmp_path, (), False, num_processes=3)
+        launch(run, tmp_path, ("evaluation.batch_size=3",), False, num_processes=3)
+
+
+def test_streams_of_evaluation_that_cannot_be_dealt_are_refused_before_anything_is_written(tmp_path):
+    make_recipe(tmp_path)
+    with pytest.raises(ProcessRaisedException, match=r"evaluation\.batch_size=3 cannot be shared out evenly among 2"):
+        launch(run, tmp_path, ("evaluation.batch_size=3",), False)
+    assert not (tmp_path / "run").exists()
 
 
 def weights_of(folder: Path, step: int) -> dict[str, torch.Tensor]:
