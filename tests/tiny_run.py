@@ -14,11 +14,12 @@ from deq_lm.data.streams import ContiguousStreams
 from deq_lm.modeling import DEQLMForCausalLM, build_config
 from deq_lm.structure import build, to_mapping
 from deq_lm.training.checkpoint import Identity, TrainingState
-from deq_lm.training.loop import comparable_config, train_step
+from deq_lm.training.loop import comparable_config
 from deq_lm.training.optimizer import make_optimizer
 from deq_lm.training.phases import comparable_phases
 from deq_lm.training.recipe import Recipe, apply_override
 from deq_lm.training.schedules import make_schedule
+from deq_lm.training.step import train_step
 
 
 def recipe_mapping(folder: Path) -> dict[str, Any]:

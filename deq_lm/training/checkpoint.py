@@ -18,7 +18,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import random
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -44,6 +43,7 @@ from deq_lm.modeling import DEQLMForCausalLM
 from deq_lm.structure import build, differences, to_mapping
 from deq_lm.training.durable import begin_folder, publish_folder, remove_folder, write_text
 from deq_lm.training.faults import Account
+from deq_lm.training.random_state import random_state_of_all, set_random_state, try_random_state
 from deq_lm.training.sharding import load_optimizer_state, load_weights, whole_model, whole_optimizer_state
 from deq_lm.training.tracking import Interval
 
@@ -223,7 +223,7 @@ def restore(path: Path, state: TrainingState, identity: Identity, *, rank: int) 
     state.progress = shared.progress
     if not is_dealt_anew:
         state.interval, state.memory = files[0].interval, memory
-        _set_random_state(files[0].random, files[0].tensors)
+        set_random_state(files[0].random, files[0].tensors)
         return
     logger.warning(
         "%s was written by %d process(es), and this run has %d: the streams go on, dealt anew, with other random numbers",
@@ -300,7 +300,7 @@ def _read_own(path: Path, rank: int) -> _Own:
     with _named(name.with_suffix(".safetensors")):
         tensors = load_file(name.with_suffix(".safetensors"))
         random_state = content["random"]
-        _try_random_state(random_state, tensors)
+        try_random_state(random_state, tensors)
     return _Own(to_mapping(streams), interval, random_state, tensors)
 
 
@@ -437,7 +437,7 @@ def _write_shared_files(
 
 
 def _write_own_files(folder: Path, state: TrainingState, rank: int) -> None:
-    random_state, tensors = _random_state()
+    random_state, tensors = random_state_of_all()
     if state.memory is not None:
         tensors["memory.z"] = state.memory.z.contiguous()
         tensors["memory.x"] = state.memory.x.contiguous()
@@ -458,38 +458,6 @@ def _save_pickle(content: Any, path: Path) -> None:
     except RuntimeError as error:  # what PyTorch's own writer raises on a full disk
         reason = str(error).partition("\n")[0]
         raise OSError(f"{path.name}: PyTorch could not write it, as on a full disk: {reason}") from error
-
-
-def _random_state() -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The state of every generator a step may draw from: numbers for JSON, tensors for safetensors."""
-    version, internal, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002 - the global one is meant
-    tensors = {"random.torch": torch.get_rng_state(), "random.numpy": torch.from_numpy(np.array(keys))}
-    if torch.cuda.is_available():
-        tensors["random.cuda"] = torch.cuda.get_rng_state()
-    return {
-        "python": [version, list(internal), gauss],
-        "numpy": [kind, position, has_gauss, cached],
-    }, tensors
-
-
-def _try_random_state(numbers: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Raises what `_set_random_state` would, and sets nothing."""
-    version, internal, gauss = numbers["python"]
-    random.Random().setstate((version, tuple(internal), gauss))  # noqa: S311
-    kind, *rest = numbers["numpy"]
-    np.random.RandomState().set_state((kind, tensors["random.numpy"].numpy(), *rest))
-    torch.Generator().set_state(tensors["random.torch"])
-
-
-def _set_random_state(numbers: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    version, internal, gauss = numbers["python"]
-    random.setstate((version, tuple(internal), gauss))
-    kind, *rest = numbers["numpy"]
-    np.random.set_state((kind, tensors["random.numpy"].numpy(), *rest))  # noqa: NPY002
-    torch.set_rng_state(tensors["random.torch"])
-    if "random.cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["random.cuda"])
 
 
 def _refuse_differences(path: Path, saved: Identity, current: Identity) -> None:

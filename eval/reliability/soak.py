@@ -103,7 +103,7 @@ def train_and_watch(recipe: Recipe, minutes: float, folder: Path) -> None:
     watched: list[Watched] = []
     step, start = loop.train_step, time.monotonic()
 
-    def watched_step(*arguments: Any, **options: Any) -> loop.StepResult:
+    def watched_step(*arguments: Any, **options: Any) -> Any:
         number = arguments[2].progress.step + 1
         injector.before(number)
         result = step(*arguments, **options)

@@ -18,7 +18,7 @@ from tiny_run import make_recipe, make_state
 
 from deq_lm.errors import CheckpointError
 from deq_lm.training.checkpoint import damage, newest_complete, restore, save, write_manifest
-from deq_lm.training.loop import train_step
+from deq_lm.training.step import train_step
 
 values = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=8),

@@ -13,7 +13,7 @@ from tiny_run import make_recipe, make_state
 from deq_lm.errors import CheckpointError
 from deq_lm.training import checkpoint, durable
 from deq_lm.training.checkpoint import damage, newest_complete, restore, save
-from deq_lm.training.loop import train_step
+from deq_lm.training.step import train_step
 
 STEPS = ("begin_folder", "_write_own_files", "_write_shared_files", "write_manifest", "publish_folder", "remove_folder")
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tiny_run import PLAIN, forward_changed, leave_weights_alone, make_recipe, make_state, metrics, not_finite, one_step
 
 from deq_lm.errors import SolveError, UnusedSettingWarning
-from deq_lm.training import loop
+from deq_lm.training import step
 from deq_lm.training.checkpoint import damage
 from deq_lm.training.faults import (
     FAULTS,
@@ -321,7 +321,7 @@ def test_a_residual_that_is_not_a_number_is_the_largest(tmp_path, monkeypatch, k
     recipe = make_recipe(tmp_path, *TINY_ADJOINT[2:], policy("skip", name))
     accelerator = Accelerator()
     state, *_ = make_state(recipe, accelerator)
-    facts_of = loop.facts_of
+    facts_of = step.facts_of
 
     def broken(solution, **kwargs):
         facts = facts_of(solution, **kwargs)
@@ -330,7 +330,7 @@ def test_a_residual_that_is_not_a_number_is_the_largest(tmp_path, monkeypatch, k
         return facts
 
     assert one_step(recipe, state, accelerator).faults == {}
-    monkeypatch.setattr(loop, "facts_of", broken)
+    monkeypatch.setattr(step, "facts_of", broken)
     assert one_step(recipe, state, accelerator).faults == {name: None}
 
 

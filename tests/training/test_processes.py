@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from tiny_run import leave_weights_alone, make_recipe, make_state, metrics
 from torch.multiprocessing import ProcessRaisedException
 
-from deq_lm.training import checkpoint, loop
-from deq_lm.training.loop import train, train_step
+from deq_lm.training import checkpoint, step
+from deq_lm.training.loop import train
+from deq_lm.training.step import train_step
 
 # What forks here starts no threads before it computes on its own.
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
@@ -161,7 +162,7 @@ def skip_unconverged(folder: Path) -> None:
     recipe = make_recipe(folder, *SETTINGS, "training.faults.unconverged_adjoint={policy: skip, limit: 0.5}")
     state, *_ = make_state(recipe, accelerator)
     model, state.optimizer = accelerator.prepare(state.model, state.optimizer)
-    facts_of = loop.facts_of
+    facts_of = step.facts_of
 
     def unconverged(solution, **kwargs):
         facts = facts_of(solution, **kwargs)
@@ -172,7 +173,7 @@ def skip_unconverged(folder: Path) -> None:
     facts = {}
     for name in ("converged", "unconverged"):
         if name == "unconverged" and accelerator.process_index == 1:
-            loop.facts_of = unconverged
+            step.facts_of = unconverged
         before = [parameter.clone() for parameter in state.model.parameters()]
         result = train_step(accelerator, model, state, recipe, stop_requested=False)
         same = all(a.equal(b) for a, b in zip(before, state.model.parameters(), strict=True))

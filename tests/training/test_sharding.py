@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM
 from deq_lm import DEQLMConfig, DEQLMForCausalLM
 from deq_lm.errors import ConfigError
 from deq_lm.training import loop, sharding
-from deq_lm.training.loop import train, train_step
+from deq_lm.training.loop import train
+from deq_lm.training.step import train_step
 
 # What forks here starts no threads before it computes on its own.
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")

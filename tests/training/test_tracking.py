@@ -11,8 +11,8 @@ import torch
 from deq_lm.solvers import Broyden, StoppingRule, solve
 from deq_lm.solvers.stopping import Outcome
 from deq_lm.training.faults import Account
-from deq_lm.training.loop import facts_of
 from deq_lm.training.run_folder import RunFolder
+from deq_lm.training.step import facts_of
 from deq_lm.training.tracking import Interval, Tracker, readable, summarize
 
 
