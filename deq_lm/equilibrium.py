@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from deq_lm.adjoints import Adjoint, Implicit, Unrolled
 from deq_lm.cells.base import Cell
-from deq_lm.cells.memory import Memory
+from deq_lm.cells.memory import Memory, Past, ProjectedMemory
 from deq_lm.regularizers import jacobian_penalty
 from deq_lm.solvers import Broyden, FixedPointSolver, Picard, Solution, StoppingRule, solve
 
@@ -21,19 +21,21 @@ class SegmentOutput:
 
     Attributes:
         output: f(z*), (B, L, D), with the gradient.
-        memory: what the next segment may attend to; None if the cell keeps none.
+        memory: what the next segment may attend to; None if the cell keeps none, and after a sliding one.
         solution: the forward solve's facts, without gradient; None where nothing is solved.
         jacobian: `jacobian_penalty` at z*, if asked for.
+        past: what the next tokens may attend to, after a sliding segment.
     """
 
     output: Tensor
     memory: Memory | None
     solution: Solution | None
     jacobian: Tensor | None = None
+    past: ProjectedMemory | None = None
 
 
 class Equilibrium(nn.Module):
-    """Binds a cell once, solves z = f(z) from zero, and differentiates the solution.
+    """Binds a cell once, solves z = f(z), and differentiates the solution.
 
     The module holds the whole solve: under FSDP it is the unit to shard (called once per forward), and no collective runs
     inside.
@@ -78,9 +80,11 @@ class Equilibrium(nn.Module):
     def forward(
         self,
         x: Tensor,
-        memory: Memory | None = None,
+        memory: Past | None = None,
         *,
         key_mask: Tensor | None = None,
+        sliding: bool = False,
+        start: Tensor | None = None,
         stopping: StoppingRule | None = None,
         adjoint: Adjoint | None = None,
         num_unrolled_steps: int | None = None,
@@ -92,6 +96,9 @@ class Equilibrium(nn.Module):
             x: injected input, (B, L, D).
             memory: of the segment before.
             key_mask: (B, L) bool, False at padding.
+            sliding: see `Cell.bind`.
+            start: where the solve begins, of a shape that expands to (B, L, D); None is zero. The solution does not depend
+                on it, but for the tolerance.
             stopping: overrides the rule of the current mode.
             adjoint: overrides `self.adjoint`; has to go with the solver.
             num_unrolled_steps: run this many plain evaluations and backpropagate through them instead (shallow
@@ -109,10 +116,12 @@ class Equilibrium(nn.Module):
         if num_unrolled_steps is not None:
             solver, adjoint, stopping = Picard(), Unrolled(), _layers(num_unrolled_steps)
         elif stopping is None:
-            stopping = self.stopping if self.training else self.evaluation_stopping
+            stopping = self.current_stopping
         run = partial(solve, solver=solver, stopping=stopping)
-        f = self.cell.bind(x, memory, key_mask)
+        f = self.cell.bind(x, memory, key_mask, sliding=sliding)
         z0 = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
+        if start is not None:
+            z0 = z0 + start.detach()
         if torch.is_grad_enabled():
             self.adjoint_solution = None  # until this output's backward pass
             output, solution = adjoint.apply(f, z0, run, report=self._keep_adjoint_solution)
@@ -121,7 +130,15 @@ class Equilibrium(nn.Module):
             output = solution.image
         output = output.to(x.dtype)
         jacobian = jacobian_penalty(f, solution.z) if estimate_jacobian else None
+        if sliding:
+            return SegmentOutput(output, None, solution, jacobian, self.cell.keep(f, output, x, memory))
+        assert memory is None or isinstance(memory, Memory)
         return SegmentOutput(output, self.cell.remember(f, output, x, memory), solution, jacobian)
+
+    @property
+    def current_stopping(self) -> StoppingRule:
+        """The stopping rule of the mode that the module is in."""
+        return self.stopping if self.training else self.evaluation_stopping
 
     def _keep_adjoint_solution(self, solution: Solution) -> None:
         self.adjoint_solution = solution

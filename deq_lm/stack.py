@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from deq_lm.cells.base import Cell
-from deq_lm.cells.memory import Memory
+from deq_lm.cells.memory import Memory, Past, ProjectedMemory
 from deq_lm.equilibrium import SegmentOutput
 
 
@@ -29,7 +29,13 @@ class Stack(nn.Module):
         self.cells = nn.ModuleList(cells)
 
     def forward(
-        self, x: Tensor, memory: Memory | None = None, *, key_mask: Tensor | None = None, **of_a_solve: Any
+        self,
+        x: Tensor,
+        memory: Past | None = None,
+        *,
+        key_mask: Tensor | None = None,
+        sliding: bool = False,
+        **of_a_solve: Any,
     ) -> SegmentOutput:
         """One segment.
 
@@ -37,6 +43,7 @@ class Stack(nn.Module):
             x: (B, L, D).
             memory: of the segment before.
             key_mask: (B, L) bool, False at padding.
+            sliding: see `Cell.bind`.
             of_a_solve: refused, unless None or False; `Equilibrium.forward` takes them.
 
         Raises:
@@ -47,11 +54,20 @@ class Stack(nn.Module):
             raise ValueError(
                 f"{', '.join(given)}: a stack of layers solves nothing. Leave it out, or use an equilibrium."
             )
-        h, new = x, []
-        past = [None] * len(self.cells) if memory is None else memory.parts(len(self.cells))
-        for cell, part in zip(self.cells, past, strict=True):
+        h, remembered, kept = x, [], []
+        parts = [None] * len(self.cells) if memory is None else memory.parts(len(self.cells))
+        for cell, part in zip(self.cells, parts, strict=True):
             assert isinstance(cell, Cell)
-            f = cell.bind(x, part, key_mask)
-            new.append(cell.remember(f, h, x, part))
+            f = cell.bind(x, part, key_mask, sliding=sliding)
+            if sliding:
+                kept.append(cell.keep(f, h, x, part))
+            elif cell.mem_len > 0:
+                assert part is None or isinstance(part, Memory)
+                remembered.append(cell.remember(f, h, x, part))
             h = f(h)
-        return SegmentOutput(h, Memory.joined(new), solution=None)
+        return SegmentOutput(
+            h,
+            Memory.joined(remembered) if remembered else None,
+            solution=None,
+            past=ProjectedMemory.joined(kept) if kept else None,
+        )

@@ -113,4 +113,5 @@ def _map_states(solution: Solution, transform: Callable[[Tensor], Tensor]) -> So
         z=transform(solution.z),
         image=transform(solution.image),
         position_num_steps=transform(solution.position_num_steps),
+        position_num_evaluations=transform(solution.position_num_evaluations),
     )

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from deq_lm.autocast import Autocast
-from deq_lm.cells.memory import Memory
+from deq_lm.cells.memory import Memory, Past, ProjectedMemory
+
+UNLIMITED = 2**31 - 1
+"""A number of positions that no text has."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +71,7 @@ class BoundCell:
         dtype: what f computes in. A solver's state is wider where this is half precision, and is converted at the door.
         autocast: the mixed-precision state at `bind`; every evaluation runs under it, the backward pass included.
         key_mask: (B, L) bool, False at padding; None if there is none.
+        weights: what `bind` has computed of the parameters alone; generation hands it to the next `bind`.
     """
 
     evaluate: Callable[[Tensor, Mapping[str, Tensor]], Tensor]
@@ -76,6 +80,7 @@ class BoundCell:
     dtype: torch.dtype
     autocast: Autocast
     key_mask: Tensor | None = None
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __call__(self, z: Tensor) -> Tensor:
         with self.autocast.enter():
@@ -115,20 +120,41 @@ class Cell(nn.Module):
         self.mem_len = config.mem_len
 
     @abstractmethod
-    def bind(self, x: Tensor, memory: Memory | None = None, key_mask: Tensor | None = None) -> BoundCell:
+    def bind(
+        self, x: Tensor, memory: Past | None = None, key_mask: Tensor | None = None, *, sliding: bool = False
+    ) -> BoundCell:
         """Fix everything but z for one solve.
 
         Args:
             x: the injected input (embedded tokens), (B, L, D).
-            memory: equilibria and inputs of earlier positions, or None at the start of a stream. Where `memory.mask` is
-                False a position is padding and must not be attended to.
+            memory: of earlier positions, or None at the start of a stream. What f reads of them is
+                `memory.project(self.project, weights)`; where `memory.mask` is False a position is padding and
+                must not be attended to.
             key_mask: (B, L) bool, False where a position is padding and must not be attended to; to be handed on to the
                 `BoundCell`.
+            sliding: every position sees itself and the `num_visible` positions before it, be they in memory or in x, so
+                that it does not matter how a text is cut into segments: what generation needs. Otherwise a segment sees
+                all of its memory, and of itself all up to each position.
         """
 
     @abstractmethod
     def reset_parameters(self) -> None:
         """Draw all parameters anew (after construction on the meta device, say); `__init__` calls it too."""
+
+    @property
+    def num_visible(self) -> int:
+        """Past positions that a sliding position sees: `mem_len`, or all in a model without memory."""
+        return self.mem_len or UNLIMITED
+
+    def project(self, z: Tensor, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        """What later positions read of past ones, (B, M, P).
+
+        Args:
+            z: their equilibria, (B, M, D).
+            x: their inputs, (B, M, D).
+            weights: `BoundCell.weights`, of the present parameters.
+        """
+        return torch.cat([z, x], dim=-1)
 
     def remember(self, f: BoundCell, z: Tensor, x: Tensor, memory: Memory | None) -> Memory | None:
         """The memory for the next segment, detached, cut to the cell's memory length (None if that is 0).
@@ -140,3 +166,14 @@ class Cell(nn.Module):
             memory: the memory this segment was given.
         """
         return Memory.extend(memory, z, x, self.mem_len)
+
+    def keep(self, f: BoundCell, z: Tensor, x: Tensor, past: Past | None) -> ProjectedMemory:
+        """As `remember`, after a `sliding` bind: what the next tokens read of the last `num_visible` positions."""
+        with torch.no_grad(), f.autocast.enter():
+            features = self.project(z, x, f.weights)
+            if past is None:
+                past = ProjectedMemory(features[:, :0])
+            elif isinstance(past, Memory):
+                past = ProjectedMemory(past.project(self.project, f.weights), past.mask)
+        assert isinstance(past, ProjectedMemory)
+        return replace(past, weights=f.weights).extended(features, self.num_visible)

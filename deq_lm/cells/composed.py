@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from deq_lm.cells.base import BoundCell, Cell, CellConfig
-from deq_lm.cells.memory import Memory
+from deq_lm.cells.memory import Memory, Past, ProjectedMemory
 
 
 class ComposedCell(Cell):
@@ -27,10 +27,14 @@ class ComposedCell(Cell):
         for block in self._cells():
             block.reset_parameters()
 
-    def bind(self, x: Tensor, memory: Memory | None = None, key_mask: Tensor | None = None) -> BoundCell:
+    def bind(
+        self, x: Tensor, memory: Past | None = None, key_mask: Tensor | None = None, *, sliding: bool = False
+    ) -> BoundCell:
         blocks = self._cells()
-        past = [None] * len(blocks) if memory is None else memory.parts(len(blocks))
-        bound = [block.bind(x, part, key_mask) for block, part in zip(blocks, past, strict=True)]
+        bound = [
+            block.bind(x, part, key_mask, sliding=sliding)
+            for block, part in zip(blocks, self._parts(memory), strict=True)
+        ]
         tensors = {f"{i}.{name}": tensor for i, f in enumerate(bound) for name, tensor in f.tensors.items()}
         batch_axes = {f"{i}.{name}": axis for i, f in enumerate(bound) for name, axis in f.batch_axes.items()}
         return BoundCell(_Chain(bound), tensors, batch_axes, bound[0].dtype, bound[0].autocast, key_mask)
@@ -38,10 +42,23 @@ class ComposedCell(Cell):
     def remember(self, f: BoundCell, z: Tensor, x: Tensor, memory: Memory | None) -> Memory | None:
         if self.mem_len == 0:
             return None
-        assert isinstance(f.evaluate, _Chain)
-        with torch.no_grad(), f.autocast.enter():
-            inputs = [z, *f.evaluate.images(z, f.tensors, last=len(self.blocks) - 1)]
+        inputs = [state for _, state in self._inputs(f, z)]
         return Memory.extend(memory, torch.cat(inputs, dim=-1), x, self.mem_len)
+
+    def keep(self, f: BoundCell, z: Tensor, x: Tensor, past: Past | None) -> ProjectedMemory:
+        parts = zip(self._cells(), self._inputs(f, z), self._parts(past), strict=True)
+        return ProjectedMemory.joined([block.keep(bound, state, x, part) for block, (bound, state), part in parts])
+
+    def _inputs(self, f: BoundCell, z: Tensor) -> list[tuple[BoundCell, Tensor]]:
+        """Each block as it is bound, and what it is given at the equilibrium."""
+        chain = f.evaluate
+        assert isinstance(chain, _Chain)
+        with torch.no_grad(), f.autocast.enter():
+            images = chain.images(z, f.tensors, last=len(self.blocks) - 1)
+        return list(zip(chain.blocks, [z, *images], strict=True))
+
+    def _parts(self, memory: Past | None) -> Sequence[Past | None]:
+        return [None] * len(self.blocks) if memory is None else memory.parts(len(self.blocks))
 
     def _cells(self) -> list[Cell]:
         return [block for block in self.blocks if isinstance(block, Cell)]

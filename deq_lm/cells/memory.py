@@ -1,24 +1,67 @@
-"""What a segment leaves to the next one: past equilibria and the inputs they belong to."""
+"""What a segment leaves to the next one: past states and inputs, or in generation what a cell computes of them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Projection = Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor]
+"""A cell's `project`: states and inputs, (B, M, D) each, and weights to (B, M, P)."""
+
+
+class Past(ABC):
+    """Past positions that a segment may attend to; never carries a gradient.
+
+    Attributes:
+        mask: (B, M) bool, False at padding, which is not attended to; None if there is none.
+    """
+
+    mask: Tensor | None
+
+    @property
+    @abstractmethod
+    def length(self) -> int:
+        """Positions, M."""
+
+    @property
+    @abstractmethod
+    def num_sequences(self) -> int:
+        """B."""
+
+    @abstractmethod
+    def project(self, project: Projection, weights: Mapping[str, Tensor]) -> Tensor:
+        """What a cell reads of these positions, (B, M, P), where `project` computes it."""
+
+    @abstractmethod
+    def parts(self, num_blocks: int) -> Sequence[Self]:
+        """The past of each block or layer, of one that has all of theirs side by side."""
+
+    def mark_padding(self, key_mask: Tensor) -> Self:
+        """The same past, of whose newest positions those are padding where `key_mask`, (B, L) bool, is False."""
+        earlier = self.length - key_mask.shape[1]  # below 0, the oldest positions of the segment are not in it
+        mask = F.pad(key_mask, (earlier, 0), value=True)
+        return replace(self, mask=mask if self.mask is None else mask & self.mask)  # pyright: ignore[reportArgumentType]
+
+    def _longer_mask(self, num_new: int, max_length: int) -> Tensor | None:
+        """The mask with `num_new` more positions, none of them padding, cut to the newest `max_length`."""
+        return None if self.mask is None else F.pad(self.mask, (0, num_new), value=True)[:, -max_length:].contiguous()
+
 
 @dataclass(frozen=True)
-class Memory:
-    """Past positions a segment may attend to; never carries a gradient.
+class Memory(Past):
+    """Past equilibria and the inputs they belong to: independent of the weights, so that these may learn meanwhile.
 
     Attributes:
         z: equilibria of the last M positions, (B, M, D). Of several blocks, what each was given, side by side.
         x: the injected inputs of the same positions, (B, M, D). Keys and values of memory are computed from both by
             the current weights, so that memory gives the same keys as the positions would have in one long segment.
-        mask: (B, M) bool, False at padding, which is not attended to; None if there is none.
+        mask: see `Past`.
     """
 
     z: Tensor
@@ -29,6 +72,13 @@ class Memory:
     def length(self) -> int:
         return self.z.shape[1]
 
+    @property
+    def num_sequences(self) -> int:
+        return self.z.shape[0]
+
+    def project(self, project: Projection, weights: Mapping[str, Tensor]) -> Tensor:
+        return project(self.z, self.x, weights)
+
     @staticmethod
     def extend(memory: Memory | None, z: Tensor, x: Tensor, max_length: int) -> Memory | None:
         """`memory` followed by (z, x), (B, L, D) each, detached and cut to the last `max_length` positions."""
@@ -36,20 +86,17 @@ class Memory:
             return None
         z, x, mask = z.detach(), x.detach(), None
         if memory is not None:
-            if memory.mask is not None:
-                mask = F.pad(memory.mask, (0, z.shape[1]), value=True)[:, -max_length:].contiguous()
+            mask = memory._longer_mask(z.shape[1], max_length)
             z, x = torch.cat([memory.z, z], dim=1), torch.cat([memory.x, x], dim=1)
         return Memory(z[:, -max_length:].contiguous(), x[:, -max_length:].contiguous(), mask)
 
     def parts(self, num_blocks: int) -> list[Memory]:
-        """The memory of each block, of a memory that has `z` of all of them side by side."""
         return [replace(self, z=z) for z in self.z.chunk(num_blocks, dim=-1)]
 
     @staticmethod
-    def joined(parts: Sequence[Memory | None]) -> Memory | None:
-        """The inverse of `parts`: one memory, of memories of the same positions; None if there are none."""
-        memories = [part for part in parts if part is not None]
-        return replace(memories[0], z=torch.cat([memory.z for memory in memories], dim=-1)) if memories else None
+    def joined(parts: Sequence[Memory]) -> Memory:
+        """The inverse of `parts`: one memory, of memories of the same positions."""
+        return replace(parts[0], z=torch.cat([memory.z for memory in parts], dim=-1))
 
     def share(self, rank: int, num_ranks: int) -> Memory:
         """Of all streams, those of one process: `num_ranks` equal shares in order."""
@@ -57,8 +104,59 @@ class Memory:
         own = slice(rank * size, (rank + 1) * size)
         return Memory(self.z[own], self.x[own], None if self.mask is None else self.mask[own])
 
-    def mark_padding(self, key_mask: Tensor) -> Memory:
-        """The same memory, of whose newest positions those are padding where `key_mask`, (B, L) bool, is False."""
-        earlier = self.length - key_mask.shape[1]  # below 0, the oldest positions of the segment are not in memory
-        mask = F.pad(key_mask, (earlier, 0), value=True)
-        return replace(self, mask=mask if self.mask is None else mask & self.mask)
+
+@dataclass(frozen=True)
+class ProjectedMemory(Past):
+    """Past positions as generation keeps them: what a cell reads of them, by weights that no longer change.
+
+    Attributes:
+        features: (B, M, P), such as keys and values. Of several blocks, side by side.
+        mask: see `Past`.
+        weights: what binding has computed of the parameters alone, so that it need not for every token.
+    """
+
+    features: Tensor
+    mask: Tensor | None = None
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def length(self) -> int:
+        return self.features.shape[1]
+
+    @property
+    def num_sequences(self) -> int:
+        return self.features.shape[0]
+
+    def project(self, project: Projection, weights: Mapping[str, Tensor]) -> Tensor:
+        return self.features
+
+    def extended(self, features: Tensor, max_length: int) -> ProjectedMemory:
+        """Followed by `features`, (B, L, P), detached and cut to the last `max_length` positions."""
+        mask = self._longer_mask(features.shape[1], max_length)
+        longer = torch.cat([self.features, features.detach()], dim=1)
+        return replace(self, features=longer[:, -max_length:], mask=mask)
+
+    def select(self, sequences: Tensor) -> ProjectedMemory:
+        """The past of some sequences, by their indices, (B',) int64."""
+        mask = None if self.mask is None else self.mask[sequences]
+        return replace(self, features=self.features[sequences], mask=mask)
+
+    def without_newest(self, num_positions: int) -> ProjectedMemory:
+        """All but the newest so many positions."""
+        length = self.length - num_positions
+        mask = None if self.mask is None else self.mask[:, :length]
+        return replace(self, features=self.features[:, :length], mask=mask)
+
+    def parts(self, num_blocks: int) -> list[ProjectedMemory]:
+        def of_block(i: int) -> dict[str, Tensor]:
+            prefix = f"{i}."
+            return {k.removeprefix(prefix): tensor for k, tensor in self.weights.items() if k.startswith(prefix)}
+
+        chunks = self.features.chunk(num_blocks, dim=-1)
+        return [ProjectedMemory(chunk, self.mask, of_block(i)) for i, chunk in enumerate(chunks)]
+
+    @staticmethod
+    def joined(parts: Sequence[ProjectedMemory]) -> ProjectedMemory:
+        """The inverse of `parts`."""
+        weights = {f"{i}.{name}": tensor for i, part in enumerate(parts) for name, tensor in part.weights.items()}
+        return ProjectedMemory(torch.cat([part.features for part in parts], dim=-1), parts[0].mask, weights)

@@ -14,8 +14,8 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
 
 from deq_lm.autocast import Autocast
-from deq_lm.cells.base import BoundCell, Cell, CellConfig
-from deq_lm.cells.memory import Memory
+from deq_lm.cells.base import UNLIMITED, BoundCell, Cell, CellConfig
+from deq_lm.cells.memory import Memory, Past, ProjectedMemory
 from deq_lm.cells.relative_position import by_key, sinusoids
 from deq_lm.cells.variational_dropout import variational_mask
 
@@ -144,20 +144,47 @@ class TransformerXLCell(Cell):
             if isinstance(module, nn.LayerNorm):
                 module.reset_parameters()
 
-    def bind(self, x: Tensor, memory: Memory | None = None, key_mask: Tensor | None = None) -> BoundCell:
+    def bind(
+        self, x: Tensor, memory: Past | None = None, key_mask: Tensor | None = None, *, sliding: bool = False
+    ) -> BoundCell:
         self._check(x, memory, key_mask)
-        length, width = x.shape[1], self.config.d_model
+        num_keys = x.shape[1] + (0 if memory is None else memory.length)
         autocast = Autocast.current(x.device.type)
-        num_keys = length + (0 if memory is None else memory.length)
-        # Reading a weight computes its normalization: here, once.
-        qkv = autocast.convert(self.qkv.weight)
-        inject = autocast.convert(self.inject.weight) if self.config.injects_into_attention else None
-        distances = F.linear(sinusoids(num_keys, width, like=x), self.distance.weight * self._scale)
+        window = min(self.num_visible + 1 if sliding else UNLIMITED, self.config.attention_window or UNLIMITED)
+        weights = memory.weights if isinstance(memory, ProjectedMemory) else {}
+        if not weights or num_keys >= weights["distances"].shape[-1]:
+            # in generation for more keys than there are yet, so that it is not for every token
+            weights = self._weights(max(num_keys, min(window, 2 * num_keys)) if sliding else num_keys, autocast, x)
+        tensors = {name: tensor for name, tensor in weights.items() if name != "inject"}
+        if sliding:
+            tensors["distances"] = weights["distances"][..., -num_keys - 1 :]
+        tensors["mask"] = autocast.convert(_attention_mask(x, memory, key_mask, window))
+        if "inject" in weights:
+            tensors["injection"] = F.linear(x, weights["inject"])  # (B, L, 3 D)
+        if self.config.injects_into_residual:
+            tensors["input"] = x
+        if memory is not None:
+            keys_values = memory.project(self.project, weights).chunk(2, dim=-1)
+            tensors["memory_key"], tensors["memory_value"] = map(self._heads, keys_values)
+        if self.training and self.config.dropout > 0:
+            tensors["attention_dropout"] = variational_mask(x, self.config.dropout)
+            tensors["output_dropout"] = variational_mask(x, self.config.dropout)
+        axes = {"mask": 0, "memory_key": 1, "memory_value": 1}
+        axes |= dict.fromkeys(("injection", "input", "attention_dropout", "output_dropout"), 0)
+        if tensors["mask"].dim() == 2:  # without padding, the same for all
+            del axes["mask"]
+        batch_axes = {name: axis for name, axis in axes.items() if name in tensors}
+        return BoundCell(self.evaluate, tensors, batch_axes, x.dtype, autocast, key_mask, weights)
+
+    def _weights(self, num_keys: int, autocast: Autocast, like: Tensor) -> dict[str, Tensor]:
+        """All that binding computes of parameters alone, for up to so many keys."""
+        width = self.config.d_model
+        distances = F.linear(sinusoids(num_keys, width, like=like), self.distance.weight * self._scale)
         distances = F.pad(distances, (0, 0, 0, 1))  # (K + 1, D): the unused column of `by_key`
-        tensors = {
-            "qkv": qkv,
+        # Reading a weight computes its normalization: here, once.
+        weights = {
+            "qkv": autocast.convert(self.qkv.weight),
             "distances": self._heads(distances).transpose(-2, -1).contiguous(),  # (H, E, K + 1)
-            "mask": autocast.convert(_attention_mask(x, memory, key_mask, self.config.attention_window)),
             "content_bias": autocast.convert(self._heads(self.content_bias)[:, None, None]),  # (H, 1, 1, E)
             "distance_bias": autocast.convert(self._heads(self.distance_bias)[:, None, None]),  # (H, 1, 1, E)
             "merge": autocast.convert(self.merge.weight),
@@ -171,28 +198,18 @@ class TransformerXLCell(Cell):
             "output_norm_bias": self.output_norm.bias,
         }
         if self.config.norm_attention:
-            tensors |= {"vector_norm": self.vector_norm.weight, "vector_norm_bias": self.vector_norm.bias}
-        if inject is not None:
-            tensors["injection"] = F.linear(x, inject)  # (B, L, 3 D)
-        if self.config.injects_into_residual:
-            tensors["input"] = x
-        if memory is not None:
-            z = memory.z
-            if self.config.norm == "pre":
-                z = self._normalize(z, tensors, "attention_norm")
-            keys_values = F.linear(z, qkv[width:])  # (B, M, 2 D)
-            if inject is not None:
-                keys_values = keys_values + F.linear(memory.x, inject[width:])
-            tensors["memory_key"], tensors["memory_value"] = map(self._heads, keys_values.chunk(2, dim=-1))
-        if self.training and self.config.dropout > 0:
-            tensors["attention_dropout"] = variational_mask(x, self.config.dropout)
-            tensors["output_dropout"] = variational_mask(x, self.config.dropout)
-        axes = {"mask": 0, "memory_key": 1, "memory_value": 1}
-        axes |= dict.fromkeys(("injection", "input", "attention_dropout", "output_dropout"), 0)
-        if tensors["mask"].dim() == 2:  # without padding, the same for all
-            del axes["mask"]
-        batch_axes = {name: axis for name, axis in axes.items() if name in tensors}
-        return BoundCell(self.evaluate, tensors, batch_axes, x.dtype, autocast, key_mask)
+            weights |= {"vector_norm": self.vector_norm.weight, "vector_norm_bias": self.vector_norm.bias}
+        if self.config.injects_into_attention:
+            weights["inject"] = autocast.convert(self.inject.weight)
+        return weights
+
+    def project(self, z: Tensor, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        """Keys and values, (B, M, 2 D)."""
+        width = self.config.d_model
+        if self.config.norm == "pre":
+            z = self._normalize(z, weights, "attention_norm")
+        keys_values = F.linear(z, weights["qkv"][width:])
+        return keys_values + F.linear(x, weights["inject"][width:]) if "inject" in weights else keys_values
 
     def evaluate(self, z: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         """f(z), (B, L, D), reading nothing but `tensors`."""
@@ -200,17 +217,21 @@ class TransformerXLCell(Cell):
             _recomputed(self._evaluate, z, tensors) if self.config.recompute == "block" else self._evaluate(z, tensors)
         )
 
-    def _check(self, x: Tensor, memory: Memory | None, key_mask: Tensor | None) -> None:
+    def _check(self, x: Tensor, memory: Past | None, key_mask: Tensor | None) -> None:
         batch, length, width = x.shape
         if width != self.config.d_model:
             raise ValueError(
                 f"x of shape {tuple(x.shape)}: expected (B, L, d_model), and d_model is {self.config.d_model}."
             )
-        if memory is not None and (memory.z.shape != memory.x.shape or memory.z.shape[::2] != (batch, width)):
-            raise ValueError(
-                f"memory of shape {tuple(memory.z.shape)} with x of shape {tuple(x.shape)}: expected the same batch and "
-                "width. Start with memory=None when the streams change."
-            )
+        if memory is not None:
+            expected = {"z": width, "x": width} if isinstance(memory, Memory) else {"features": 2 * width}
+            for name, size in expected.items():
+                shape = tuple(getattr(memory, name).shape)
+                if shape != (batch, memory.length, size):
+                    raise ValueError(
+                        f"memory.{name} of shape {shape} with x of shape {tuple(x.shape)}: expected "
+                        f"{(batch, memory.length, size)}. Start with memory=None when the streams change."
+                    )
         for name, mask, positions in (
             ("key_mask", key_mask, length),
             ("memory.mask", memory and memory.mask, 0 if memory is None else memory.length),
@@ -296,12 +317,11 @@ def _drop(x: Tensor, tensors: Mapping[str, Tensor], name: str) -> Tensor:
     return x * tensors[name] if name in tensors else x
 
 
-def _attention_mask(x: Tensor, memory: Memory | None, key_mask: Tensor | None, window: int | None) -> Tensor:
+def _attention_mask(x: Tensor, memory: Past | None, key_mask: Tensor | None, window: int) -> Tensor:
     """0 where a query may look and -inf elsewhere, (L, K) or (B, L, K); every query sees itself, so no row is empty."""
     (batch, length), past = x.shape[:2], 0 if memory is None else memory.length
     visible = torch.ones(length, past + length, dtype=torch.bool, device=x.device).tril(past)
-    if window is not None:
-        visible = visible.triu(past - window + 1)
+    visible = visible.triu(past - window + 1)
     past_mask = None if memory is None else memory.mask
     if key_mask is not None or past_mask is not None:
         itself = torch.zeros_like(visible).diagonal_scatter(visible.new_ones(length), past)

@@ -38,7 +38,6 @@ def sample_text(
         top_k=0,
         top_p=1.0,
         max_new_tokens=config.sample_tokens,
-        use_cache=False,
         eos_token_id=model.config.vocab_size,  # never drawn; None would be replaced by the model's own
         pad_token_id=tokenizer.eos_token_id,
     )

@@ -73,7 +73,9 @@ class DEQLMConfig(PreTrainedConfig):
         "nll_nats",
         "num_targets",
         "last_hidden_state",
+        "hidden_states",
         "memory",
+        "past_key_values",
         "solution",
         "jacobian",
     ]
@@ -89,7 +91,7 @@ class DEQLMConfig(PreTrainedConfig):
     adjoint: dict | None = None
     tie_word_embeddings: bool = True
     num_hidden_layers: int = 1
-    use_cache: bool = False
+    use_cache: bool | None = None
     bos_token_id: int | None = None
     eos_token_id: int | None = None
     pad_token_id: int | None = None
@@ -104,6 +106,8 @@ class DEQLMConfig(PreTrainedConfig):
             )
         if self.num_layers is not None and self.num_layers < 1:
             raise ConfigError(f"model.num_layers={self.num_layers}: expected 1 or more evaluations of the cell.")
+        if self.use_cache is None:
+            self.use_cache = self.depth != "unrolled"
         cell = build_cell_config(self.cell or {"name": "transformer_xl"}, "model.cell")
         if self.depth != "stack" and not cell.reads_input:
             raise ConfigError(

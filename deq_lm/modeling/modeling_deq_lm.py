@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils.generic import ModelOutput
 
 from deq_lm.adjoints import Adjoint
 from deq_lm.cells.base import Cell
-from deq_lm.cells.memory import Memory
+from deq_lm.cells.memory import Memory, Past
 from deq_lm.equilibrium import Equilibrium, SegmentOutput
 from deq_lm.heads import LinearHead
 from deq_lm.heads.base import SelfInitialized
@@ -25,7 +25,10 @@ from deq_lm.modeling.builders import (
     build_solver,
     build_stopping,
 )
+from deq_lm.modeling.cache import EquilibriumCache, check_cache
 from deq_lm.modeling.configuration_deq_lm import DEQLMConfig
+from deq_lm.modeling.generation import EquilibriumGenerationMixin
+from deq_lm.modeling.inputs import check_inputs
 from deq_lm.solvers import Solution, StoppingRule
 from deq_lm.stack import Stack
 
@@ -40,7 +43,9 @@ class DEQLMOutput(ModelOutput):
         num_targets: how many were scored, a 0-dim int64 tensor.
         logits: (B, L, V) float32, if asked for.
         last_hidden_state: f(z*), (B, L, D).
+        hidden_states: the embedded tokens, as injected, and f(z*), if asked for.
         memory: for the next segment.
+        past_key_values: the cache of generation, if there is one.
         solution: facts of the forward solve; None from a stack, which has none.
         jacobian: squared Frobenius norm of df/dz at z* per entry, estimated and differentiable, if asked for.
     """
@@ -50,7 +55,9 @@ class DEQLMOutput(ModelOutput):
     num_targets: Tensor | None = None
     logits: Tensor | None = None
     last_hidden_state: Tensor | None = None
+    hidden_states: tuple[Tensor, Tensor] | None = None
     memory: Memory | None = None
+    past_key_values: EquilibriumCache | None = None
     solution: Solution | None = None
     jacobian: Tensor | None = None
 
@@ -144,40 +151,78 @@ class DEQLMModel(DEQLMPreTrainedModel):
         assert isinstance(value, type(self.embed_tokens))
         self.embed_tokens = value
 
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """What is injected, (B, L, D)."""
+        return self.embed_tokens(input_ids) * self.config.d_model**0.5
+
     def forward(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         *,
-        memory: Memory | None = None,
+        memory: Past | None = None,
+        past_key_values: EquilibriumCache | None = None,
+        sliding: bool = False,
         stopping: StoppingRule | None = None,
+        max_evaluations: int | None = None,
         adjoint: Adjoint | None = None,
         num_unrolled_steps: int | None = None,
         estimate_jacobian: bool = False,
     ) -> SegmentOutput:
         """Arguments and errors as `DEQLMForCausalLM.forward`."""
-        _check_shapes(input_ids, attention_mask, memory)
+        start = None
+        if past_key_values is not None:
+            layer, sliding = past_key_values.layer, True
+            if layer.memory is not None:
+                if memory is not None:
+                    raise ValueError(
+                        "Give memory or past_key_values that have seen tokens, not both: each is the past."
+                    )
+                memory, start = layer.memory, layer.state
+            if attention_mask is not None:  # it may be of the whole text
+                attention_mask = attention_mask[:, -input_ids.shape[1] :]
+        check_inputs(input_ids, attention_mask, memory)
         if num_unrolled_steps is not None and (stopping is not None or adjoint is not None):
             raise ValueError(
                 "Give stopping or adjoint (of the solve) or num_unrolled_steps (instead of a solve), not both."
             )
-        x = self.embed_tokens(input_ids) * self.config.d_model**0.5  # (B, L, D)
+        x = self.embed(input_ids)
         key_mask = None if attention_mask is None else attention_mask.bool()
         output = self.layers(
             x,
             memory,
             key_mask=key_mask,
-            stopping=stopping,
+            sliding=sliding,
+            start=start,
+            stopping=self._stopping(stopping, max_evaluations),
             adjoint=adjoint,
             num_unrolled_steps=num_unrolled_steps,
             estimate_jacobian=estimate_jacobian,
         )
-        if key_mask is not None and output.memory is not None:
-            output = replace(output, memory=output.memory.mark_padding(key_mask))
+        if key_mask is not None:
+            output = replace(
+                output,
+                memory=output.memory and output.memory.mark_padding(key_mask),
+                past=output.past and output.past.mark_padding(key_mask),
+            )
+        if past_key_values is not None:
+            past_key_values.layer.append(output)
         return output
 
+    def _stopping(self, stopping: StoppingRule | None, max_evaluations: int | None) -> StoppingRule | None:
+        """The rule with `max_evaluations`, where it is given."""
+        if max_evaluations is None:
+            return stopping
+        if max_evaluations < 1 or self.config.depth != "equilibrium":
+            raise ValueError(
+                f"max_evaluations={max_evaluations} with depth={self.config.depth}: expected 1 or more evaluations of the "
+                "cell, in a model that solves for an equilibrium. Leave it out for the model's own number."
+            )
+        assert isinstance(self.layers, Equilibrium)
+        return replace(stopping or self.layers.current_stopping, max_steps=max_evaluations - 1)
 
-class DEQLMForCausalLM(DEQLMPreTrainedModel, GenerationMixin):
+
+class DEQLMForCausalLM(EquilibriumGenerationMixin, DEQLMPreTrainedModel):
     """A deep equilibrium language model; by `depth` also the weight-tied or the untied network of the same cells."""
 
     # The loss is a mean over its own targets; a Trainer that accumulates gradients averages it over the batches.
@@ -211,13 +256,18 @@ class DEQLMForCausalLM(DEQLMPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         *,
         targets: Tensor | None = None,
-        memory: Memory | None = None,
+        memory: Past | None = None,
+        past_key_values: EquilibriumCache | None = None,
+        use_cache: bool | None = None,
+        sliding: bool = False,
         stopping: StoppingRule | None = None,
+        max_evaluations: int | None = None,
         adjoint: Adjoint | None = None,
         num_unrolled_steps: int | None = None,
         estimate_jacobian: bool = False,
         return_logits: bool = True,
         logits_to_keep: int = 0,
+        output_hidden_states: bool | None = None,
         **unsupported: Any,
     ) -> DEQLMOutput:
         """One segment.
@@ -229,12 +279,18 @@ class DEQLMForCausalLM(DEQLMPreTrainedModel, GenerationMixin):
             labels: (B, L), the library's convention: the same ids, shifted inside, so the last position is not scored.
             targets: (B, L), the token after each position; -100 is not scored. Use either this or `labels`.
             memory: `DEQLMOutput.memory` of the segment before in the same streams.
+            past_key_values: the tokens before these, which are appended; then attention_mask may be that of all of them.
+            use_cache: True begins an `EquilibriumCache` where there is none. It slides, see the next.
+            sliding: every position sees the `mem_len` positions before it, or all of them in a model without memory, so
+                that it does not matter how the text is cut. Otherwise a segment sees all of its memory and of itself.
             stopping: overrides the configured stopping rule.
+            max_evaluations: overrides its number of evaluations of the cell, 1 or more: less compute for a worse model.
             adjoint: overrides the configured adjoint.
             num_unrolled_steps: plain evaluations to run and backpropagate through instead of the solve.
             estimate_jacobian: also give `DEQLMOutput.jacobian`, for a regularized loss.
             return_logits: False saves their memory; the loss is computed in chunks either way.
             logits_to_keep: only the logits of this many last positions; 0 is all.
+            output_hidden_states: also give `DEQLMOutput.hidden_states`.
             unsupported: refused, unless None or False.
 
         Raises:
@@ -242,16 +298,15 @@ class DEQLMForCausalLM(DEQLMPreTrainedModel, GenerationMixin):
         """
         harmless = ("position_ids", "return_dict")  # positions are relative, and the output is always an object
         refused = [name for name, value in unsupported.items() if value not in (None, False) and name not in harmless]
-        if {"use_cache", "past_key_values"} & set(refused):
-            raise ValueError(
-                "DEQLMForCausalLM has no cache of keys and values: every new token solves the whole text again. Give "
-                "generate use_cache=False, or leave it out."
-            )
         if refused:
             raise ValueError(
                 f"DEQLMForCausalLM got {', '.join(refused)}, which it does not support; it takes input_ids, "
-                "attention_mask, labels or targets, memory, stopping, adjoint, num_unrolled_steps, return_logits."
+                "attention_mask, labels or targets, memory, past_key_values, use_cache, sliding, stopping, "
+                "max_evaluations, adjoint, num_unrolled_steps, return_logits, logits_to_keep, output_hidden_states."
             )
+        if use_cache and past_key_values is None:
+            past_key_values = EquilibriumCache()
+        check_cache(past_key_values, self.config.depth)
         for name, given in (("labels", labels), ("targets", targets)):
             if given is not None and given.shape != input_ids.shape:
                 raise ValueError(
@@ -266,14 +321,19 @@ class DEQLMForCausalLM(DEQLMPreTrainedModel, GenerationMixin):
             input_ids,
             attention_mask,
             memory=memory,
+            past_key_values=past_key_values,
+            sliding=sliding,
             stopping=stopping,
+            max_evaluations=max_evaluations,
             adjoint=adjoint,
             num_unrolled_steps=num_unrolled_steps,
             estimate_jacobian=estimate_jacobian,
         )
         output = DEQLMOutput(
             last_hidden_state=hidden.output,
+            hidden_states=(self.model.embed(input_ids), hidden.output) if output_hidden_states else None,
             memory=hidden.memory,
+            past_key_values=past_key_values,
             solution=hidden.solution,
             jacobian=hidden.jacobian,
         )
@@ -284,19 +344,3 @@ class DEQLMForCausalLM(DEQLMPreTrainedModel, GenerationMixin):
             kept = hidden.output[:, -logits_to_keep:]
             output.logits = self.lm_head.logits(kept, self.model.embed_tokens).float()
         return output
-
-
-def _check_shapes(input_ids: Tensor, attention_mask: Tensor | None, memory: Memory | None) -> None:
-    shape = tuple(input_ids.shape)
-    if input_ids.dim() != 2:
-        raise ValueError(f"input_ids of shape {shape}: expected (B, L); give one sequence as input_ids[None].")
-    if attention_mask is not None and attention_mask.shape != input_ids.shape:
-        raise ValueError(
-            f"attention_mask of shape {tuple(attention_mask.shape)} with input_ids of shape {shape}: expected the same "
-            "shape, one value a token of this segment; memory brings its own mask."
-        )
-    if memory is not None and memory.z.shape[0] != shape[0]:
-        raise ValueError(
-            f"memory of {memory.z.shape[0]} sequences with input_ids of shape {shape}: expected one for each. Start with "
-            "memory=None when the streams change; generate with several beams or returned sequences takes no memory."
-        )

@@ -41,6 +41,7 @@ class Solution:
         num_steps: steps until the last unit of the sequence stopped, (B,) int32.
         num_evaluations: evaluations of f until then, (B,) int32.
         position_num_steps: steps until each position stopped, (B, L) int32; equal along L under the sequence scope.
+        position_num_evaluations: evaluations of f until each position stopped, likewise.
         used_fallback: whether some of its units went on with the fallback, (B,) bool.
         trace: residual norms step by step.
         trail: `FixedPointSolver.trail` of the last state, if the solve was differentiable.
@@ -53,6 +54,7 @@ class Solution:
     num_steps: Tensor
     num_evaluations: Tensor
     position_num_steps: Tensor
+    position_num_evaluations: Tensor
     used_fallback: Tensor
     trace: ResidualTrace
     trail: SolverState | None = None

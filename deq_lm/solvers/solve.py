@@ -149,6 +149,7 @@ class _Run:
             num_steps=progress.num_steps.amax(dim=1),
             num_evaluations=progress.num_evaluations.amax(dim=1),
             position_num_steps=progress.num_steps.expand(self.state.point.shape[:2]),
+            position_num_evaluations=progress.num_evaluations.expand(self.state.point.shape[:2]),
             used_fallback=self.used_fallback.any(dim=1),
             trace=ResidualTrace(*map(torch.stack, zip(*self.trace, strict=True))),
             trail=trail,

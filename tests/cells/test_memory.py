@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deq_lm.cells import Memory
+from deq_lm.cells import Memory, ProjectedMemory
 
 BATCH, WIDTH = 2, 8
 
@@ -37,7 +37,30 @@ def test_parts_of_several_blocks_are_joined_again():
     assert [part.z.shape for part in parts] == [(BATCH, 3, WIDTH)] * 3
     assert all(torch.equal(part.x, memory.x) and torch.equal(part.mask, mask) for part in parts)
     joined = Memory.joined(parts)
-    assert joined is not None
     assert torch.equal(joined.z, memory.z)
     assert torch.equal(joined.x, memory.x)
-    assert Memory.joined([None, None]) is None
+
+
+def test_projected_parts_of_several_blocks_are_joined_again_with_the_weights_of_each():
+    mask = torch.tensor([[False, True, True]] * BATCH)
+    weights = {"0.qkv": states(1, 1), "0.1.qkv": states(1, 2), "1.qkv": states(1, 3)}
+    memory = ProjectedMemory(states(3, 4, 2 * WIDTH), mask, weights)
+    parts = memory.parts(2)
+    assert [set(part.weights) for part in parts] == [{"qkv", "1.qkv"}, {"qkv"}]
+    assert torch.equal(parts[1].features, memory.features[..., WIDTH:])
+    joined = ProjectedMemory.joined(parts)
+    assert torch.equal(joined.features, memory.features)
+    assert torch.equal(joined.mask, mask)
+    assert joined.weights.keys() == weights.keys()
+    assert all(joined.weights[name] is tensor for name, tensor in weights.items())
+
+
+def test_a_projected_memory_keeps_the_newest_positions_and_where_padding_was():
+    mask = torch.tensor([[False, True, True]] * BATCH)
+    first = ProjectedMemory(states(3, 1), mask)
+    longer = first.extended(states(2, 2), 4)
+    assert torch.equal(longer.features, torch.cat([states(3, 1), states(2, 2)], dim=1)[:, -4:])
+    assert longer.mask.tolist() == [[True] * 4] * BATCH
+    assert first.extended(states(2, 2), 5).mask[:, 0].tolist() == [False] * BATCH
+    assert torch.equal(longer.without_newest(2).features, first.features[:, 1:])
+    assert torch.equal(longer.select(torch.tensor([1, 1])).features[0], longer.features[1])

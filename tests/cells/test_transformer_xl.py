@@ -345,7 +345,13 @@ def test_impossible_sizes_are_refused(options: dict, message: str):
     ("width", "past_batch", "mask_length", "past_mask_length", "message"),
     [
         (WIDTH + 1, BATCH, LENGTH, PAST, "d_model is 8"),
-        (WIDTH, BATCH + 1, LENGTH, PAST, "the same batch and width. Start with memory=None"),
+        (
+            WIDTH,
+            BATCH + 1,
+            LENGTH,
+            PAST,
+            r"memory.z of shape \(3, 3, 8\).*expected \(2, 3, 8\). Start with memory=None",
+        ),
         (
             WIDTH,
             BATCH,

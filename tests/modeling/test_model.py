@@ -336,7 +336,10 @@ def test_arguments_that_would_be_ignored_are_refused(ids: Tensor):
         ({"attention_mask": torch.ones(3, 18)}, r"attention_mask of shape \(3, 18\).*\(3, 12\).*memory brings its own"),
         ({"attention_mask": torch.ones(2, 12)}, r"attention_mask of shape \(2, 12\)"),
         ({"memory": Memory(torch.zeros(2, 6, 16), torch.zeros(2, 6, 16))}, "memory of 2 sequences.*memory=None"),
-        ({"memory": Memory(torch.zeros(3, 6, 8), torch.zeros(3, 6, 8))}, r"memory of shape \(3, 6, 8\)"),
+        (
+            {"memory": Memory(torch.zeros(3, 6, 8), torch.zeros(3, 6, 8))},
+            r"memory.z of shape \(3, 6, 8\).*expected \(3, 6, 16\)",
+        ),
         ({"input_ids": torch.zeros(12, dtype=torch.long)}, r"input_ids of shape \(12,\)"),
         ({"targets": torch.zeros(3, 11, dtype=torch.long)}, r"targets of shape \(3, 11\).*\(3, 12\)"),
         ({"labels": torch.zeros(3, 11, dtype=torch.long)}, r"labels of shape \(3, 11\).*\(3, 12\)"),
@@ -346,8 +349,3 @@ def test_arguments_that_would_be_ignored_are_refused(ids: Tensor):
 def test_inputs_of_the_wrong_shape_are_refused_by_name(ids: Tensor, change: dict, message: str):
     with pytest.raises(ValueError, match=message):
         make()(**{"input_ids": ids, **change})
-
-
-def test_generation_with_a_cache_is_refused_and_says_what_to_do_instead(ids: Tensor):
-    with pytest.raises(ValueError, match="use_cache=False"):
-        make().generate(ids, max_new_tokens=2, use_cache=True, pad_token_id=0)

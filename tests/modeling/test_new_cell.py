@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from deq_lm import DEQLMConfig, DEQLMForCausalLM
 from deq_lm.autocast import Autocast
-from deq_lm.cells import BoundCell, Cell, CellConfig, Memory
+from deq_lm.cells import BoundCell, Cell, CellConfig, Past
 from deq_lm.errors import ConfigError
 from deq_lm.modeling import build_config, builders
 from deq_lm.training import train
@@ -41,11 +41,16 @@ class LastTokenCell(Cell):
         for parameter in self.parameters():
             parameter.copy_(torch.randn_like(parameter) * self.config.init_std)
 
-    def bind(self, x: Tensor, memory: Memory | None = None, key_mask: Tensor | None = None) -> BoundCell:
-        first = torch.zeros_like(x[:, :1]) if memory is None else memory.x[:, -1:]
+    def bind(
+        self, x: Tensor, memory: Past | None = None, key_mask: Tensor | None = None, *, sliding: bool = False
+    ) -> BoundCell:
+        first = torch.zeros_like(x[:, :1]) if memory is None else memory.project(self.project, {})[:, -1:]
         before = torch.cat([first, x[:, :-1]], dim=1) @ self.before
         tensors = {"weight": self.config.gain * self.weight, "injection": x + before}
         return BoundCell(self.evaluate, tensors, {"injection": 0}, x.dtype, Autocast.current(x.device.type), key_mask)
+
+    def project(self, z: Tensor, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        return x
 
     def evaluate(self, z: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         return torch.tanh(z @ tensors["weight"] + tensors["injection"])

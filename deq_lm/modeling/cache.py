@@ -1,0 +1,142 @@
+"""What generation keeps of a text, as transformers' `generate` handles it: the past at equilibrium, and what it cost.
+
+At the equilibrium no position depends on later ones, so that what a cell computes of past positions (keys and values, say)
+stays as it is when the text grows, and a new token is a solve over its own position alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from deq_lm.cells.memory import ProjectedMemory
+from deq_lm.equilibrium import SegmentOutput
+
+
+class PastLayer(CacheLayerMixin):
+    """The library's cache layer around a `ProjectedMemory`.
+
+    Attributes:
+        memory: what the next tokens attend to; None before the first.
+        state: the last position's f(z*), (B, 1, D), where the next solve starts; None before the first token, and in a
+            model without a solve.
+        num_evaluations: of f, by position of the whole text, (B, T) int32; None likewise.
+        num_tokens: positions seen, those that have left the window included.
+    """
+
+    is_sliding = True
+    is_croppable = False
+    supports_early_init = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the text."""
+        self.memory: ProjectedMemory | None = None
+        self.state: Tensor | None = None
+        self.num_evaluations: Tensor | None = None
+        self.num_tokens = 0
+
+    def get_seq_length(self) -> int:
+        return self.num_tokens
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length  # its name in older versions of the library
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        past = 0 if self.memory is None else self.memory.length
+        return past + query_length, self.num_tokens - past
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.memory is not None:
+            indices = torch.arange(self.memory.num_sequences, device=self.memory.features.device)
+            self.batch_select_indices(indices.repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if self.memory is not None:
+            indices = indices.to(self.memory.features.device)
+            self.memory = self.memory.select(indices)
+            self.state = None if self.state is None else self.state[indices]
+            self.num_evaluations = None if self.num_evaluations is None else self.num_evaluations[indices]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the newest tokens, as many as -`tokens_to_remove` says.
+
+        Raises:
+            ValueError: where tokens have left the window, which would have to come back.
+        """
+        number = -tokens_to_remove
+        if number <= 0:
+            return
+        if self.memory is None or self.memory.length < self.num_tokens:
+            raise ValueError(
+                f"crop({tokens_to_remove}): positions before the window are not kept and cannot come back into it. Decode "
+                "without an assistant, or keep text and continuation within the model's mem_len."
+            )
+        self.memory = self.memory.without_newest(number)
+        self.num_tokens -= number
+        self.state = None  # of a token that is gone; the next solve starts from zero
+        if self.num_evaluations is not None:
+            self.num_evaluations = self.num_evaluations[:, :-number]
+
+    def append(self, segment: SegmentOutput) -> None:
+        """Take what a forward pass over new tokens has given."""
+        self.memory = segment.past
+        self.num_tokens += segment.output.shape[1]
+        if segment.solution is not None:
+            self.state = segment.output[:, -1:].detach()
+            new = segment.solution.position_num_evaluations
+            self.num_evaluations = (
+                new if self.num_evaluations is None else torch.cat([self.num_evaluations, new], dim=1)
+            )
+
+    def update(self, *_: Any, **__: Any) -> NoReturn:
+        raise NotImplementedError("an EquilibriumCache is written by the model, once a solve")
+
+    lazy_initialization = update
+
+
+class EquilibriumCache(Cache):
+    """The `past_key_values` of `DEQLMForCausalLM`; a plain `generate` makes its own.
+
+    Give `generate(past_key_values=cache, ...)` one to look into while it writes, or to continue a text with. It belongs to
+    one text, and to the weights that it was made with.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(layers=[PastLayer()])
+
+    @property
+    def layer(self) -> PastLayer:
+        """The one layer: an equilibrium has no other, and a stack's are side by side in it."""
+        (layer,) = self.layers
+        assert isinstance(layer, PastLayer)
+        return layer
+
+    @property
+    def num_evaluations(self) -> Tensor | None:
+        """Evaluations of the cell that each position took, (B, T) int32; None before the first or without a solve."""
+        return self.layer.num_evaluations
+
+
+def check_cache(cache: Any, depth: str) -> None:
+    """Raises ValueError for a cache of another kind, or in a model that cannot have one."""
+    if cache is None:
+        return
+    if not isinstance(cache, EquilibriumCache):
+        raise ValueError(f"past_key_values of type {type(cache).__name__}: expected an EquilibriumCache, or none.")
+    if depth == "unrolled":
+        raise ValueError(
+            "use_cache with depth=unrolled: every layer has its own past, of which no equilibrium can be kept. Give "
+            "generate use_cache=False, or leave it out."
+        )

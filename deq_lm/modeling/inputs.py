@@ -1,0 +1,26 @@
+"""What a forward pass and `generate` may be given, checked before anything is computed."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from deq_lm.cells.memory import Past
+
+
+def check_inputs(input_ids: Tensor, attention_mask: Tensor | None, memory: Past | None) -> None:
+    shape = tuple(input_ids.shape)
+    if input_ids.dim() != 2 or shape[1] == 0:
+        raise ValueError(
+            f"input_ids of shape {shape}: expected (B, L), at least one token; give one sequence as input_ids[None], and "
+            "begin an empty text with the end-of-document token."
+        )
+    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask of shape {tuple(attention_mask.shape)} with input_ids of shape {shape}: expected the same "
+            "shape, one value a token of this segment; memory brings its own mask."
+        )
+    if memory is not None and memory.num_sequences != shape[0]:
+        raise ValueError(
+            f"memory of {memory.num_sequences} sequences with input_ids of shape {shape}: expected one for each. Start "
+            "with memory=None when the streams change; generate with several beams or returned sequences takes no memory."
+        )

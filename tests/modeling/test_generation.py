@@ -1,0 +1,278 @@
+"""Generation: one position a token, from a cache that is exact, by whatever the library offers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_model import VOCABULARY, make
+from torch import Tensor
+from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+from deq_lm import DEQLMConfig, DEQLMForCausalLM
+from deq_lm.cells import TransformerXLCell
+from deq_lm.modeling import EquilibriumCache
+from deq_lm.solvers import StoppingRule
+
+PLAIN = {"max_new_tokens": 20, "pad_token_id": 0, "eos_token_id": VOCABULARY}  # no end: this id is never drawn
+MEM_LEN = 6
+
+
+def stack() -> DEQLMForCausalLM:
+    torch.manual_seed(0)
+    cell = {"name": "transformer_xl", "d_model": 16, "num_heads": 2, "d_inner": 24, "mem_len": MEM_LEN, "init_std": 0.3}
+    config = DEQLMConfig(vocab_size=VOCABULARY, depth="stack", num_layers=3, cell={**cell, "injection": "none"})
+    return DEQLMForCausalLM(config).double().eval()
+
+
+MODELS = {
+    "equilibrium": make,
+    "pre_norm": lambda: make(cell={"norm": "pre", "weight_norm": True, "norm_attention": True}),
+    "residual_injection": lambda: make(cell={"injection": "residual"}),
+    "two_blocks": lambda: make(cell={"num_blocks": 2}),
+    "short_attention": lambda: make(cell={"attention_window": 3}),
+    "without_memory": lambda: make(cell={"mem_len": 0}),
+    "sequence_scope": lambda: make(solver={"name": "broyden", "scope": "sequence"}),
+    "stack": stack,
+}
+
+
+@pytest.fixture
+def prompts() -> Tensor:
+    return torch.randint(1, VOCABULARY, (3, 5), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_with_and_without_cache_the_tokens_are_the_same_and_the_logits_within_the_tolerance(name: str, prompts: Tensor):
+    model = MODELS[name]()
+    options = {**PLAIN, "return_dict_in_generate": True, "output_logits": True}
+    cached, anew = (model.generate(prompts, use_cache=use_cache, **options) for use_cache in (True, False))
+    assert cached.sequences.shape[1] == 25 > 3 * MEM_LEN  # the text has left the window behind
+    assert len(cached.sequences.unique()) > 5
+    assert torch.equal(cached.sequences, anew.sequences)
+    for found, expected in zip(cached.logits, anew.logits, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)  # the library makes them float32
+    assert isinstance(cached.past_key_values, EquilibriumCache)
+    assert anew.past_key_values is None
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_however_a_text_is_cut_its_hidden_states_are_the_same(name: str):
+    model = MODELS[name]()
+    ids = torch.randint(VOCABULARY, (2, 20), generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        whole = model(ids, sliding=True).last_hidden_state
+        cache, pieces = EquilibriumCache(), []
+        for piece in ids.split([9, 1, 1, 7, 2], dim=1):
+            pieces.append(model(piece, past_key_values=cache).last_hidden_state)
+        torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=0, atol=1e-9)
+        seen_at_once = model(ids).last_hidden_state
+    assert cache.get_seq_length() == 20
+    if name != "without_memory":
+        assert cache.layer.memory.length == MEM_LEN
+        if name != "short_attention":
+            assert (whole - seen_at_once)[:, MEM_LEN + 1 :].abs().max() > 1e-4  # the window is not without effect
+        torch.testing.assert_close(whole[:, : MEM_LEN + 1], seen_at_once[:, : MEM_LEN + 1], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 3},
+        {"num_beams": 4, "num_return_sequences": 2, "length_penalty": 0.5},
+        {"do_sample": True},
+        {"do_sample": True, "top_k": 4, "temperature": 0.7},
+        {"do_sample": True, "top_p": 0.6, "num_return_sequences": 2},
+        {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2},
+    ],
+    ids=str,
+)
+def test_every_way_of_decoding_gives_the_same_with_and_without_cache(options: dict, prompts: Tensor):
+    model, made = make(), []
+    for use_cache in (True, False):
+        torch.manual_seed(5)
+        made.append(model.generate(prompts, use_cache=use_cache, **PLAIN, **options))
+    assert torch.equal(*made)
+    assert not torch.equal(made[0][:3], model.generate(prompts, **PLAIN))  # the option has an effect
+
+
+def test_padded_prompts_in_a_batch_give_what_each_gives_alone(prompts: Tensor):
+    model = make()
+    ids, mask = prompts.clone(), torch.ones_like(prompts)
+    for row, num_pads in enumerate((3, 0, 1)):
+        ids[row, :num_pads], mask[row, :num_pads] = 0, 0
+    for options in ({}, {"num_beams": 2}):
+        together = model.generate(ids, attention_mask=mask, **PLAIN, **options)
+        for row, num_pads in enumerate((3, 0, 1)):
+            alone = model.generate(prompts[row : row + 1, num_pads:], **PLAIN, **options)
+            assert torch.equal(together[row, num_pads:], alone[0])
+
+
+def test_a_sequence_that_has_ended_leaves_the_others_alone(prompts: Tensor):
+    model = make()
+    plain = model.generate(prompts, **PLAIN)
+    firsts = {int(end): [(row == end).nonzero()[:1].tolist() for row in plain[:, 5:]] for end in plain[0, 5:]}
+    end, places = next((end, places) for end, places in firsts.items() if sum(map(len, places)) == 1)
+    made = model.generate(prompts, **{**PLAIN, "eos_token_id": end})
+    (place,) = places[0][0]
+    assert torch.equal(made[0, : 5 + place + 1], plain[0, : 5 + place + 1])
+    assert (made[0, 5 + place + 1 :] == 0).all()
+    assert torch.equal(made[1:], plain[1:])
+
+
+def test_a_new_token_is_a_solve_over_its_own_position(prompts: Tensor, monkeypatch):
+    model, lengths = make(), []
+    evaluate = TransformerXLCell.evaluate
+
+    def counted(self, z, tensors):
+        lengths.append(z.shape[1])
+        return evaluate(self, z, tensors)
+
+    monkeypatch.setattr(TransformerXLCell, "evaluate", counted)
+    cache = EquilibriumCache()
+    made = model.generate(prompts, past_key_values=cache, **PLAIN)
+    assert lengths.count(5) == lengths.index(1) > 1  # the prompt, first
+    assert set(lengths) == {5, 1}
+    assert cache.num_evaluations.shape == (3, made.shape[1] - 1)  # of the last token nothing is asked
+    assert cache.num_evaluations.dtype == torch.int32
+    steps = cache.num_evaluations[:, 5:].amax(dim=0)
+    assert steps.sum() == lengths.count(1)
+    assert cache.num_evaluations[:, :5].max() == lengths.count(5)
+
+
+def test_the_solve_of_a_token_starts_at_the_state_of_the_one_before(prompts: Tensor):
+    model = make(solver={"name": "picard"}, stopping={"max_steps": 0})
+    with torch.no_grad():
+        cache = EquilibriumCache()
+        before = model(prompts, past_key_values=cache, max_evaluations=30)
+        start = model(prompts[:, :1], past_key_values=cache).solution.z
+        assert torch.equal(start, before.last_hidden_state[:, -1:])
+    layer = make().model.layers
+    x = torch.randn(2, 4, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        solved = layer(x)
+        again = layer(x, start=solved.output)
+    assert (again.solution.num_evaluations < 0.3 * solved.solution.num_evaluations).all()
+    torch.testing.assert_close(again.output, solved.output, rtol=0, atol=1e-10)
+
+
+def test_max_evaluations_is_the_compute_a_token_may_take(prompts: Tensor):
+    model = make()
+    free = model.generate(prompts, **PLAIN)
+    for number in (1, 4):
+        cache = EquilibriumCache()
+        made = model.generate(prompts, past_key_values=cache, max_evaluations=number, **PLAIN)
+        assert cache.num_evaluations.max() == number
+        if number == 1:
+            assert not torch.equal(made, free)
+    assert torch.equal(model.generate(prompts, max_evaluations=200, **PLAIN), free)
+    with pytest.raises(ValueError, match="max_evaluations=0.*1 or more"):
+        model.generate(prompts, max_evaluations=0, **PLAIN)
+    with pytest.raises(ValueError, match="max_evaluations=4 with depth=stack"):
+        stack().generate(prompts, max_evaluations=4, **PLAIN)
+    with torch.no_grad():
+        rule = StoppingRule(rtol=1e-1)
+        assert model(prompts, stopping=rule, max_evaluations=3).solution.num_evaluations.max() == 3
+
+
+class Recorder(BaseStreamer):
+    """What a streamer is given; raises `error` after so many tokens."""
+
+    def __init__(self, error: BaseException | None = None, after: int = 0) -> None:
+        self.tokens, self.ended, self.error, self.after = [], False, error, after
+
+    def put(self, value: Tensor) -> None:
+        self.tokens += value.flatten().tolist()
+        if self.error is not None and len(self.tokens) >= self.after:
+            raise self.error
+
+    def end(self) -> None:
+        self.ended = True
+
+
+def test_a_streamer_gets_the_tokens_as_they_come(prompts: Tensor):
+    model, recorder = make(), Recorder()
+    made = model.generate(prompts[:1], streamer=recorder, **PLAIN)
+    assert recorder.tokens == made[0].tolist()
+    assert recorder.ended
+
+
+def test_after_an_interruption_the_text_goes_on_from_the_cache(prompts: Tensor):
+    model = make()
+    expected = model.generate(prompts[:1], **PLAIN)
+    recorder, cache = Recorder(KeyboardInterrupt(), after=12), EquilibriumCache()
+    with pytest.raises(KeyboardInterrupt):
+        model.generate(prompts[:1], streamer=recorder, past_key_values=cache, **PLAIN)
+    text = torch.tensor([recorder.tokens])
+    assert torch.equal(text, expected[:, :12])
+    assert cache.get_seq_length() == 11
+    made = model.generate(text, past_key_values=cache, **{**PLAIN, "max_new_tokens": 13})
+    assert torch.equal(made, expected)
+    assert torch.equal(model.generate(prompts[:1], **PLAIN), expected)  # the model kept nothing
+
+
+def test_a_stopping_criterion_of_ones_own_ends_the_text(prompts: Tensor):
+    class LongEnough(StoppingCriteria):
+        def __call__(self, input_ids: Tensor, scores: Tensor, **_) -> Tensor:
+            return torch.full((len(input_ids),), input_ids.shape[1] >= 9)
+
+    made = make().generate(prompts, stopping_criteria=StoppingCriteriaList([LongEnough()]), **PLAIN)
+    assert made.shape == (3, 9)
+
+
+@pytest.mark.parametrize("length", [1, MEM_LEN, MEM_LEN + 1, 3 * MEM_LEN])
+def test_a_prompt_of_any_length_begins_a_text(length: int):
+    model = make()
+    prompt = torch.randint(1, VOCABULARY, (2, length), generator=torch.Generator().manual_seed(length))
+    cached, anew = (model.generate(prompt, use_cache=use_cache, **PLAIN) for use_cache in (True, False))
+    assert torch.equal(cached, anew)
+    chunked = model.generate(prompt, prefill_chunk_size=4, **PLAIN)
+    assert torch.equal(chunked, cached)
+
+
+def test_a_text_goes_on_after_the_memory_of_a_segment(prompts: Tensor):
+    model = make()
+    with torch.no_grad():
+        memory = model(prompts[:, :3]).memory
+    whole = model.generate(prompts, **PLAIN)
+    for use_cache in (True, False):
+        after = model.generate(prompts[:, 3:], memory=memory, use_cache=use_cache, **PLAIN)
+        assert torch.equal(after, whole[:, 3:])
+
+
+def test_guessing_ahead_gives_the_greedy_tokens_and_is_refused_where_the_window_has_moved():
+    model = make(cell={"mem_len": 40})
+    prompt = torch.tensor([[3, 7, 5, 3, 7, 5, 3, 7]])
+    guessing = {"prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 2}
+    expected = model.generate(prompt, **PLAIN)
+    assert torch.equal(model.generate(prompt, **PLAIN, **guessing), expected)
+    with pytest.raises(ValueError, match=r"crop\(.*positions before the window are not kept"):
+        make(cell={"mem_len": 4}).generate(prompt, **PLAIN, **guessing)
+
+
+def test_what_cannot_be_continued_is_refused_and_says_what_to_do(prompts: Tensor):
+    model = make()
+    unrolled = DEQLMForCausalLM(
+        DEQLMConfig(vocab_size=VOCABULARY, cell=model.config.cell, depth="unrolled", num_layers=3)
+    ).eval()
+    assert unrolled.generate(prompts, max_new_tokens=2, pad_token_id=0).shape == (3, 7)  # without being told
+    cases = [
+        (unrolled, prompts, {"use_cache": True}, "depth=unrolled.*use_cache=False"),
+        (model, prompts, {"past_key_values": DynamicCache()}, "DynamicCache: expected an EquilibriumCache"),
+        (model, prompts, {"cache_implementation": "static"}, "cache_implementation='static'.*Leave it out"),
+        (model, prompts[:, :0], {}, r"input_ids of shape \(3, 0\).*end-of-document token"),
+        (model, prompts + 20, {}, "input_ids have .*ids from 0 to 22"),
+        (model, prompts - 20, {}, "input_ids have -"),
+    ]
+    for refusing, ids, options, message in cases:
+        with pytest.raises(ValueError, match=message):
+            refusing.generate(ids, **{**PLAIN, **options})
+    cache = EquilibriumCache()
+    with torch.no_grad():
+        memory = model(prompts, past_key_values=cache).memory
+        assert memory is None
+        memory = model(prompts).memory
+        with pytest.raises(ValueError, match="memory or past_key_values.*not both"):
+            model(prompts, memory=memory, past_key_values=cache)
+        with pytest.raises(ValueError, match="memory of 3 sequences"):
+            model(prompts[:2], past_key_values=cache)
