@@ -21,8 +21,7 @@ class PastLayer(CacheLayerMixin):
 
     Attributes:
         memory: what the next tokens attend to; None before the first.
-        state: the last position's f(z*), (B, 1, D), where the next solve starts; None before the first token, and in a
-            model without a solve.
+        start: where the next solve begins, (B, 1, D): at f(z*) of the last position, if it is to warm-start; else None.
         num_evaluations: of f, by position of the whole text, (B, T) int32; None likewise.
         num_tokens: positions seen, those that have left the window included.
     """
@@ -31,14 +30,15 @@ class PastLayer(CacheLayerMixin):
     is_croppable = False
     supports_early_init = False
 
-    def __init__(self) -> None:
+    def __init__(self, *, warm_start: bool) -> None:
         super().__init__()
+        self.warm_start = warm_start
         self.reset()
 
     def reset(self) -> None:
         """Forget the text."""
         self.memory: ProjectedMemory | None = None
-        self.state: Tensor | None = None
+        self.start: Tensor | None = None
         self.num_evaluations: Tensor | None = None
         self.num_tokens = 0
 
@@ -66,7 +66,7 @@ class PastLayer(CacheLayerMixin):
         if self.memory is not None:
             indices = indices.to(self.memory.features.device)
             self.memory = self.memory.select(indices)
-            self.state = None if self.state is None else self.state[indices]
+            self.start = None if self.start is None else self.start[indices]
             self.num_evaluations = None if self.num_evaluations is None else self.num_evaluations[indices]
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -85,7 +85,7 @@ class PastLayer(CacheLayerMixin):
             )
         self.memory = self.memory.without_newest(number)
         self.num_tokens -= number
-        self.state = None  # of a token that is gone; the next solve starts from zero
+        self.start = None  # of a token that is gone
         if self.num_evaluations is not None:
             self.num_evaluations = self.num_evaluations[:, :-number]
 
@@ -94,7 +94,8 @@ class PastLayer(CacheLayerMixin):
         self.memory = segment.past
         self.num_tokens += segment.output.shape[1]
         if segment.solution is not None:
-            self.state = segment.output[:, -1:].detach()
+            if self.warm_start:
+                self.start = segment.output[:, -1:].detach()
             new = segment.solution.position_num_evaluations
             self.num_evaluations = (
                 new if self.num_evaluations is None else torch.cat([self.num_evaluations, new], dim=1)
@@ -111,10 +112,14 @@ class EquilibriumCache(Cache):
 
     Give `generate(past_key_values=cache, ...)` one to look into while it writes, or to continue a text with. It belongs to
     one text, and to the weights that it was made with.
+
+    Args:
+        warm_start: begin every solve at f(z*) of the position before, instead of at zero as in training. Where it was
+            measured (eval/results/generation.json) it saves no evaluations, so that it is off.
     """
 
-    def __init__(self) -> None:
-        super().__init__(layers=[PastLayer()])
+    def __init__(self, *, warm_start: bool = False) -> None:
+        super().__init__(layers=[PastLayer(warm_start=warm_start)])
 
     @property
     def layer(self) -> PastLayer:

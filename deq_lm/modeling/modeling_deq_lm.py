@@ -178,7 +178,7 @@ class DEQLMModel(DEQLMPreTrainedModel):
                     raise ValueError(
                         "Give memory or past_key_values that have seen tokens, not both: each is the past."
                     )
-                memory, start = layer.memory, layer.state
+                memory, start = layer.memory, layer.start
             if attention_mask is not None:  # it may be of the whole text
                 attention_mask = attention_mask[:, -input_ids.shape[1] :]
         check_inputs(input_ids, attention_mask, memory)

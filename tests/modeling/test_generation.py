@@ -140,13 +140,24 @@ def test_a_new_token_is_a_solve_over_its_own_position(prompts: Tensor, monkeypat
     assert cache.num_evaluations[:, :5].max() == lengths.count(5)
 
 
-def test_the_solve_of_a_token_starts_at_the_state_of_the_one_before(prompts: Tensor):
+@pytest.mark.parametrize("warm_start", [False, True])
+def test_the_solve_of_a_token_starts_at_zero_or_at_the_state_of_the_one_before(prompts: Tensor, warm_start: bool):
     model = make(solver={"name": "picard"}, stopping={"max_steps": 0})
     with torch.no_grad():
-        cache = EquilibriumCache()
-        before = model(prompts, past_key_values=cache, max_evaluations=30)
+        cache = EquilibriumCache(warm_start=warm_start)
+        before = model(prompts, past_key_values=cache, max_evaluations=30).last_hidden_state[:, -1:]
         start = model(prompts[:, :1], past_key_values=cache).solution.z
-        assert torch.equal(start, before.last_hidden_state[:, -1:])
+    assert torch.equal(start, before if warm_start else torch.zeros_like(before))
+    plain = make().generate(prompts, **PLAIN)
+    cache = EquilibriumCache(warm_start=warm_start)
+    assert torch.equal(make().generate(prompts, past_key_values=cache, **PLAIN), plain)
+    for options in ({"num_beams": 2}, {"num_beams": 2, "num_return_sequences": 2}):
+        cache = EquilibriumCache(warm_start=warm_start)
+        made = make().generate(prompts, past_key_values=cache, **PLAIN, **options)
+        assert torch.equal(made, make().generate(prompts, **PLAIN, **options))
+
+
+def test_a_solve_that_starts_at_its_solution_is_over_at_once():
     layer = make().model.layers
     x = torch.randn(2, 4, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -166,7 +177,7 @@ def test_max_evaluations_is_the_compute_a_token_may_take(prompts: Tensor):
         if number == 1:
             assert not torch.equal(made, free)
     assert torch.equal(model.generate(prompts, max_evaluations=200, **PLAIN), free)
-    with pytest.raises(ValueError, match="max_evaluations=0.*1 or more"):
+    with pytest.raises(ValueError, match=r"max_evaluations=0.*1 or more"):
         model.generate(prompts, max_evaluations=0, **PLAIN)
     with pytest.raises(ValueError, match="max_evaluations=4 with depth=stack"):
         stack().generate(prompts, max_evaluations=4, **PLAIN)
@@ -272,7 +283,7 @@ def test_what_cannot_be_continued_is_refused_and_says_what_to_do(prompts: Tensor
         memory = model(prompts, past_key_values=cache).memory
         assert memory is None
         memory = model(prompts).memory
-        with pytest.raises(ValueError, match="memory or past_key_values.*not both"):
+        with pytest.raises(ValueError, match=r"memory or past_key_values.*not both"):
             model(prompts, memory=memory, past_key_values=cache)
         with pytest.raises(ValueError, match="memory of 3 sequences"):
             model(prompts[:2], past_key_values=cache)

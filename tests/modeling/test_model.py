@@ -338,7 +338,7 @@ def test_arguments_that_would_be_ignored_are_refused(ids: Tensor):
         ({"memory": Memory(torch.zeros(2, 6, 16), torch.zeros(2, 6, 16))}, "memory of 2 sequences.*memory=None"),
         (
             {"memory": Memory(torch.zeros(3, 6, 8), torch.zeros(3, 6, 8))},
-            r"memory.z of shape \(3, 6, 8\).*expected \(3, 6, 16\)",
+            r"memory.z of shape \(3, 6, 8\).*\(3, 6, 16\)",
         ),
         ({"input_ids": torch.zeros(12, dtype=torch.long)}, r"input_ids of shape \(12,\)"),
         ({"targets": torch.zeros(3, 11, dtype=torch.long)}, r"targets of shape \(3, 11\).*\(3, 12\)"),
