@@ -4,26 +4,35 @@ from deq_lm.evaluation.causality import CausalityAudit, audit_causality
 from deq_lm.evaluation.comparison import Compared, compare, is_best_by_evidence, model_name, paired_difference
 from deq_lm.evaluation.config import EvaluationConfig
 from deq_lm.evaluation.evaluate import evaluate
+from deq_lm.evaluation.loading import load_model, model_folder
 from deq_lm.evaluation.perplexity import Perplexity, PerplexityResult, evaluate_perplexity
 from deq_lm.evaluation.records import read_record, write_record
 from deq_lm.evaluation.report import render
 from deq_lm.evaluation.results import EvaluationResult
+from deq_lm.evaluation.sample import Decoding, Sample, printable, sample_text, write_text
 
 __all__ = [
     "CausalityAudit",
     "Compared",
+    "Decoding",
     "EvaluationConfig",
     "EvaluationResult",
     "Perplexity",
     "PerplexityResult",
+    "Sample",
     "audit_causality",
     "compare",
     "evaluate",
     "evaluate_perplexity",
     "is_best_by_evidence",
+    "load_model",
+    "model_folder",
     "model_name",
     "paired_difference",
+    "printable",
     "read_record",
     "render",
+    "sample_text",
     "write_record",
+    "write_text",
 ]

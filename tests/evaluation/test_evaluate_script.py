@@ -11,12 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import make_recipe
 from transformers import GPT2Config
 
 from deq_lm.evaluation import EvaluationResult, read_record
 from deq_lm.modeling import DEQLMConfig, DEQLMForCausalLM
-from deq_lm.training import train
 from deq_lm.training.checkpoint import damage
 
 SCRIPT = Path(__file__).resolve().parents[2] / "eval" / "evaluate.py"
@@ -25,16 +23,6 @@ SCRIPT = Path(__file__).resolve().parents[2] / "eval" / "evaluate.py"
 @pytest.fixture(autouse=True)
 def _on_the_cpu(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> Path:
-    """The folder of a finished run; not to be changed."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ACCELERATE_USE_CPU", "true")
-        recipe = make_recipe(tmp_path_factory.mktemp("run"), "evaluation.no_op_segments=1", "training.max_steps=4")
-        assert train(recipe) is None
-    return Path(recipe.training.output_dir)
 
 
 @pytest.fixture
