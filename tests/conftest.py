@@ -4,9 +4,14 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, and for the processes the tests start
 
+from pathlib import Path
+
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from tiny_run import make_recipe
+
+from deq_lm.training import train
 
 torch.set_num_threads(1)
 
@@ -16,3 +21,13 @@ def _own_accelerator():
     """The library keeps one state a process, mixed precision included; the tests of a file begin without."""
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory) -> Path:
+    """The folder of a finished run; not to be changed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        recipe = make_recipe(tmp_path_factory.mktemp("run"), "evaluation.no_op_segments=1", "training.max_steps=4")
+        assert train(recipe) is None
+    return Path(recipe.training.output_dir)

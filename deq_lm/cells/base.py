@@ -5,9 +5,11 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._functorch import config as functorch_config
 
 from deq_lm.autocast import Autocast
 from deq_lm.cells.memory import Memory, Past, ProjectedMemory
@@ -113,7 +115,12 @@ class Cell(nn.Module):
 
     A cell is made of nothing but its configuration, `YourCell(config)`, and draws its parameters in `reset_parameters`.
     It is one block, whatever `config.num_blocks` says.
+
+    Attributes:
+        evaluate: (z, tensors) -> f(z), where it is a method that `bind` hands to its `BoundCell`.
     """
+
+    evaluate: Any
 
     def __init__(self, config: CellConfig) -> None:
         super().__init__()
@@ -140,6 +147,14 @@ class Cell(nn.Module):
     @abstractmethod
     def reset_parameters(self) -> None:
         """Draw all parameters anew (after construction on the meta device, say); `__init__` calls it too."""
+
+    def compile(self, *arguments: Any, **options: Any) -> None:
+        """Compile f, by `torch.compile`; a cell of several blocks has none of its own."""
+        if hasattr(self, "evaluate"):
+            functorch_config.donated_buffer = (
+                False  # an adjoint solve runs one recorded evaluation backwards many times
+            )
+            self.evaluate = torch.compile(self.evaluate, *arguments, **options)
 
     @property
     def num_visible(self) -> int:

@@ -185,9 +185,12 @@ class DEQLMConfig(PreTrainedConfig):
 def build_config(mapping: Mapping[str, Any], vocab_size: int, *, eos_token_id: int | None = None) -> DEQLMConfig:
     """The configuration of a recipe's `model` section, strictly: an unknown key names the nearest valid one.
 
+    The token that ends a document, `eos_token_id`, also begins one and stands for padding.
+
     Raises:
         ConfigError: with the dotted place.
     """
     settings = build(ModelSettings, mapping, "model")
     plain = {key: value for key, value in to_mapping(settings).items() if value is not None}
-    return DEQLMConfig(vocab_size=vocab_size, eos_token_id=eos_token_id, **plain)
+    special = dict.fromkeys(("eos_token_id", "bos_token_id", "pad_token_id"), eos_token_id)
+    return DEQLMConfig(vocab_size=vocab_size, **special, **plain)

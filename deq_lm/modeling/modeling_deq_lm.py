@@ -14,7 +14,7 @@ from transformers.utils.generic import ModelOutput
 from deq_lm.adjoints import Adjoint
 from deq_lm.cells.base import Cell
 from deq_lm.cells.memory import Memory, Past
-from deq_lm.equilibrium import Equilibrium, SegmentOutput
+from deq_lm.equilibrium import Equilibrium
 from deq_lm.heads import LinearHead
 from deq_lm.heads.base import SelfInitialized
 from deq_lm.modeling.builders import (
@@ -35,29 +35,29 @@ from deq_lm.stack import Stack
 
 @dataclass
 class DEQLMOutput(ModelOutput):
-    """What a forward pass gives.
+    """What a forward pass gives; as a tuple, what the library expects comes first.
 
     Attributes:
         loss: mean nats per scored target, if targets were given.
-        nll_nats: the sum of nats it is the mean of.
-        num_targets: how many were scored, a 0-dim int64 tensor.
         logits: (B, L, V) float32, if asked for.
-        last_hidden_state: f(z*), (B, L, D).
-        hidden_states: the embedded tokens, as injected, and f(z*), if asked for.
-        memory: for the next segment.
         past_key_values: the cache of generation, if there is one.
+        hidden_states: the embedded tokens, as injected, and f(z*), if asked for.
+        last_hidden_state: f(z*), (B, L, D).
+        nll_nats: the sum of nats that the loss is the mean of.
+        num_targets: how many were scored, a 0-dim int64 tensor.
+        memory: for the next segment.
         solution: facts of the forward solve; None from a stack, which has none.
         jacobian: squared Frobenius norm of df/dz at z* per entry, estimated and differentiable, if asked for.
     """
 
     loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: EquilibriumCache | None = None
+    hidden_states: tuple[Tensor, Tensor] | None = None
+    last_hidden_state: Tensor | None = None
     nll_nats: Tensor | None = None
     num_targets: Tensor | None = None
-    logits: Tensor | None = None
-    last_hidden_state: Tensor | None = None
-    hidden_states: tuple[Tensor, Tensor] | None = None
     memory: Memory | None = None
-    past_key_values: EquilibriumCache | None = None
     solution: Solution | None = None
     jacobian: Tensor | None = None
 
@@ -68,6 +68,34 @@ class DEQLMPreTrainedModel(PreTrainedModel):
     config_class = DEQLMConfig
     base_model_prefix = "model"
     _supports_sdpa = True
+
+    @classmethod
+    def from_pretrained(cls, *arguments: Any, use_safetensors: bool | None = None, **options: Any) -> Any:
+        """As the library's, from safetensors only: other formats are pickles, which can execute code.
+
+        Raises:
+            ValueError: if asked for another format.
+            OSError: where there is no other.
+        """
+        if use_safetensors is False:
+            raise ValueError(
+                "use_safetensors=False: expected True or nothing. Other formats can execute code when loaded; save the "
+                "model with save_pretrained, which writes model.safetensors."
+            )
+        return super().from_pretrained(*arguments, use_safetensors=True, **options)
+
+    def gradient_checkpointing_enable(self, *_: Any, **__: Any) -> None:
+        """Refused: `recompute` of the cell's configuration is what does it here, since an evaluation is recorded by parts.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "gradient_checkpointing_enable: an equilibrium records a single evaluation of its cell, whatever its depth. To "
+            'record less of that, configure the cell with recompute="block" or "feed_forward".'
+        )
+
+    activation_checkpointing_enable = gradient_checkpointing_enable  # its name in newer versions of the library
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -142,6 +170,7 @@ class DEQLMModel(DEQLMPreTrainedModel):
         # The library's mark: the cell has drawn its parameters, unless they have no storage yet.
         drawn = not any(parameter.is_meta for parameter in self.layers.parameters())
         self.layers._is_hf_initialized = drawn  # pyright: ignore[reportArgumentType]
+        self.is_compiled = False
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -150,10 +179,6 @@ class DEQLMModel(DEQLMPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         assert isinstance(value, type(self.embed_tokens))
         self.embed_tokens = value
-
-    def embed(self, input_ids: Tensor) -> Tensor:
-        """What is injected, (B, L, D)."""
-        return self.embed_tokens(input_ids) * self.config.d_model**0.5
 
     def forward(
         self,
@@ -168,9 +193,11 @@ class DEQLMModel(DEQLMPreTrainedModel):
         adjoint: Adjoint | None = None,
         num_unrolled_steps: int | None = None,
         estimate_jacobian: bool = False,
-    ) -> SegmentOutput:
-        """Arguments and errors as `DEQLMForCausalLM.forward`."""
+        output_hidden_states: bool | None = None,
+    ) -> DEQLMOutput:
+        """Arguments and errors as `DEQLMForCausalLM.forward`; without loss and logits."""
         start = None
+        check_cache(past_key_values, self.config.depth)
         if past_key_values is not None:
             layer, sliding = past_key_values.layer, True
             if layer.memory is not None:
@@ -186,9 +213,13 @@ class DEQLMModel(DEQLMPreTrainedModel):
             raise ValueError(
                 "Give stopping or adjoint (of the solve) or num_unrolled_steps (instead of a solve), not both."
             )
-        x = self.embed(input_ids)
+        if estimate_jacobian and self.is_compiled:
+            raise ValueError(
+                "estimate_jacobian after compile_cell: PyTorch cannot differentiate compiled code twice. Do without either."
+            )
+        x = self.embed_tokens(input_ids) * self.config.d_model**0.5  # (B, L, D)
         key_mask = None if attention_mask is None else attention_mask.bool()
-        output = self.layers(
+        segment = self.layers(
             x,
             memory,
             key_mask=key_mask,
@@ -200,14 +231,21 @@ class DEQLMModel(DEQLMPreTrainedModel):
             estimate_jacobian=estimate_jacobian,
         )
         if key_mask is not None:
-            output = replace(
-                output,
-                memory=output.memory and output.memory.mark_padding(key_mask),
-                past=output.past and output.past.mark_padding(key_mask),
+            segment = replace(
+                segment,
+                memory=segment.memory and segment.memory.mark_padding(key_mask),
+                past=segment.past and segment.past.mark_padding(key_mask),
             )
         if past_key_values is not None:
-            past_key_values.layer.append(output)
-        return output
+            past_key_values.layer.append(segment)
+        return DEQLMOutput(
+            past_key_values=past_key_values,
+            hidden_states=(x, segment.output) if output_hidden_states else None,
+            last_hidden_state=segment.output,
+            memory=segment.memory,
+            solution=segment.solution,
+            jacobian=segment.jacobian,
+        )
 
     def _stopping(self, stopping: StoppingRule | None, max_evaluations: int | None) -> StoppingRule | None:
         """The rule with `max_evaluations`, where it is given."""
@@ -268,8 +306,9 @@ class DEQLMForCausalLM(EquilibriumGenerationMixin, DEQLMPreTrainedModel):
         return_logits: bool = True,
         logits_to_keep: int = 0,
         output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
         **unsupported: Any,
-    ) -> DEQLMOutput:
+    ) -> DEQLMOutput | tuple[Any, ...]:
         """One segment.
 
         Args:
@@ -291,13 +330,14 @@ class DEQLMForCausalLM(EquilibriumGenerationMixin, DEQLMPreTrainedModel):
             return_logits: False saves their memory; the loss is computed in chunks either way.
             logits_to_keep: only the logits of this many last positions; 0 is all.
             output_hidden_states: also give `DEQLMOutput.hidden_states`.
+            return_dict: False gives a tuple of what is not None.
             unsupported: refused, unless None or False.
 
         Raises:
             ValueError: for arguments that contradict each other or are not supported.
         """
-        harmless = ("position_ids", "return_dict")  # positions are relative, and the output is always an object
-        refused = [name for name, value in unsupported.items() if value not in (None, False) and name not in harmless]
+        unsupported.pop("position_ids", None)  # positions are relative
+        refused = [name for name, value in unsupported.items() if value is not None and value is not False]
         if refused:
             raise ValueError(
                 f"DEQLMForCausalLM got {', '.join(refused)}, which it does not support; it takes input_ids, "
@@ -306,7 +346,6 @@ class DEQLMForCausalLM(EquilibriumGenerationMixin, DEQLMPreTrainedModel):
             )
         if use_cache and past_key_values is None:
             past_key_values = EquilibriumCache()
-        check_cache(past_key_values, self.config.depth)
         for name, given in (("labels", labels), ("targets", targets)):
             if given is not None and given.shape != input_ids.shape:
                 raise ValueError(
@@ -328,19 +367,25 @@ class DEQLMForCausalLM(EquilibriumGenerationMixin, DEQLMPreTrainedModel):
             adjoint=adjoint,
             num_unrolled_steps=num_unrolled_steps,
             estimate_jacobian=estimate_jacobian,
+            output_hidden_states=output_hidden_states,
         )
-        output = DEQLMOutput(
-            last_hidden_state=hidden.output,
-            hidden_states=(self.model.embed(input_ids), hidden.output) if output_hidden_states else None,
-            memory=hidden.memory,
-            past_key_values=past_key_values,
-            solution=hidden.solution,
-            jacobian=hidden.jacobian,
-        )
+        state, embedding, scores = hidden.last_hidden_state, self.model.embed_tokens, {}
         if targets is not None:
-            output.nll_nats, output.num_targets = self.lm_head.nll(hidden.output, targets, self.model.embed_tokens)
-            output.loss = output.nll_nats / output.num_targets.clamp(min=1)
+            nll_nats, num_targets = self.lm_head.nll(state, targets, embedding)
+            loss = nll_nats / num_targets.clamp(min=1)
+            scores |= {"loss": loss, "nll_nats": nll_nats, "num_targets": num_targets}
         if return_logits:
-            kept = hidden.output[:, -logits_to_keep:]
-            output.logits = self.lm_head.logits(kept, self.model.embed_tokens).float()
-        return output
+            scores["logits"] = self.lm_head.logits(state[:, -logits_to_keep:], embedding).float()
+        output = DEQLMOutput(**hidden, **scores)
+        return output.to_tuple() if return_dict is False else output
+
+    def compile_cell(self, **options: Any) -> None:
+        """Compile f, by `torch.compile(**options)`; the solve around it stays as it is, and so does every result.
+
+        It needs a C++ compiler, or on a GPU Triton, and takes its time at the first evaluations of each shape. Jacobian
+        regularization is refused from then on: PyTorch cannot differentiate compiled code twice.
+        """
+        for cell in self.modules():
+            if isinstance(cell, Cell):
+                cell.compile(**options)
+        self.model.is_compiled = True

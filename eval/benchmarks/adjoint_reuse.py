@@ -101,7 +101,7 @@ def main() -> int:
     x = embed(model, input_ids)
     # The cotangent that training has: of the mean loss, at the equilibrium.
     hidden = replace(StoppingRule(), rtol=1e-4)
-    output = model.model(input_ids, stopping=hidden).output.detach().requires_grad_()
+    output = model.model(input_ids, stopping=hidden).last_hidden_state.detach().requires_grad_()
     logits = model.lm_head.logits(output, model.model.embed_tokens)
     loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten())
     (cotangent,) = torch.autograd.grad(loss, output)

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from tiny_run import make_recipe
 from torch import Tensor, nn
 
 from deq_lm.data.encoding import EncodedSplit
 from deq_lm.evaluation import EvaluationConfig
 from deq_lm.modeling import DEQLMConfig, DEQLMForCausalLM
 from deq_lm.solvers import Picard, StoppingRule, solve
-from deq_lm.training import train
 
 VOCABULARY = 23
 
@@ -93,13 +90,3 @@ def fixed_steps():
         return {"max_steps": rule.max_steps, "rtol": 0.0, "patience": None, "divergence_factor": None}
 
     return make
-
-
-@pytest.fixture(scope="session")
-def finished(tmp_path_factory) -> Path:
-    """The folder of a finished run; not to be changed."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ACCELERATE_USE_CPU", "true")
-        recipe = make_recipe(tmp_path_factory.mktemp("run"), "evaluation.no_op_segments=1", "training.max_steps=4")
-        assert train(recipe) is None
-    return Path(recipe.training.output_dir)

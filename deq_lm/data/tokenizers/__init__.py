@@ -37,10 +37,10 @@ def train_tokenizer(kind: str, corpus: Corpus, vocab_size: int | None = None) ->
         raise ConfigError(f"tokenizer {kind!r} is not known. Choose one of {', '.join(TOKENIZER_KINDS)}.")
     documents = corpus.splits["train"].documents
     if kind == "word_level":
-        return word_level.train(documents, vocab_size)
+        return _for_generation(word_level.train(documents, vocab_size))
     if vocab_size is None:
         raise ConfigError(f"tokenizer {kind}: no vocab_size was given. Set one, such as 8192.")
-    return (bpe if kind == "bpe" else sentencepiece).train(documents, vocab_size)
+    return _for_generation((bpe if kind == "bpe" else sentencepiece).train(documents, vocab_size))
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
@@ -63,6 +63,16 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
         raise DataError(
             f"{folder}: the tokenizer has no end-of-sequence token, which ends each document. Set eos_token."
         )
+    return _for_generation(tokenizer)
+
+
+def _for_generation(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """With what the library needs to write with it: prompts of a batch are padded on the left, and the end of one document
+    begins the next and stands for padding, unless the tokenizer has tokens for these."""
+    tokenizer.padding_side = "left"
+    for name in ("bos_token", "pad_token"):
+        if getattr(tokenizer, name) is None:
+            setattr(tokenizer, name, tokenizer.eos_token)
     return tokenizer
 
 
