@@ -110,10 +110,9 @@ def test_it_is_placed_by_the_library(saved: Path, ids: Tensor):
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of the compiler's own
 @pytest.mark.parametrize("num_blocks", [1, 2])
-def test_a_compiled_cell_gives_the_same_loss_gradient_and_tokens(ids: Tensor, num_blocks: int, monkeypatch):
+def test_a_compiled_cell_gives_the_same_loss_and_gradient(ids: Tensor, num_blocks: int):
     """By the compiler's front end alone, which is what can go wrong with a solve around it; code is for the slow test."""
-    results, made = [], []
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 32)  # every block and length is a shape of its own
+    results = []
     for compiled in (False, True):
         model = make(cell={"num_blocks": num_blocks})
         if compiled:
@@ -122,18 +121,15 @@ def test_a_compiled_cell_gives_the_same_loss_gradient_and_tokens(ids: Tensor, nu
         loss = model(ids, labels=ids, num_unrolled_steps=2).loss + model(ids, labels=ids).loss
         loss.backward()
         results.append([loss.detach(), *(parameter.grad for parameter in model.parameters())])
-        made.append(model.generate(ids[:, :3], max_new_tokens=5, pad_token_id=0))
     for found, expected in zip(*results, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9)
-    assert torch.equal(*made)
-    assert isinstance(model.state_dict(), dict)
     with pytest.raises(ValueError, match="estimate_jacobian after compile_cell"):
         model(ids, labels=ids, estimate_jacobian=True)
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_a_cell_compiled_to_code_gives_the_same_loss_and_gradient(ids: Tensor):
+def test_a_cell_compiled_to_code_gives_the_same_loss_gradient_and_tokens(ids: Tensor):
     torch._dynamo.reset()
     model, compiled = make(dtype=torch.float32), make(dtype=torch.float32)
     compiled.compile_cell()
@@ -142,6 +138,8 @@ def test_a_cell_compiled_to_code_gives_the_same_loss_and_gradient(ids: Tensor):
         one(ids, labels=ids).loss.backward()
     for found, expected in zip(compiled.parameters(), model.parameters(), strict=True):
         assert torch.dist(found.grad, expected.grad) <= 1e-3 * expected.grad.norm()
+    made = [one.generate(ids[:, :3], max_new_tokens=20, pad_token_id=0) for one in (model, compiled)]
+    assert torch.equal(*made)
 
 
 def test_the_cell_is_what_is_compiled(ids: Tensor):
