@@ -91,7 +91,7 @@ def memory_against_depth(
 
     def step(**depth: Any) -> Callable[[], Any]:
         def run() -> None:
-            output = base(input_ids, memory=memory, **depth).output
+            output = base(input_ids, memory=memory, **depth).last_hidden_state
             torch.autograd.grad(output, parameters, torch.ones_like(output), allow_unused=True)
 
         return run
