@@ -185,7 +185,7 @@ def load_prepared(folder: str | Path, *, expected: DataConfig | None = None) -> 
         for name, split in splits.items():
             if split.tokens.max() >= len(tokenizer):
                 raise ValueError(f"{name}.npy has the token {split.tokens.max()}, of a vocabulary of {len(tokenizer)}")
-        fingerprint = _fingerprint(tokenizer, [hashlib.sha256(split.tokens).digest() for split in splits.values()])
+        fingerprint = _fingerprint(tokenizer, [hashlib.sha256(split.tokens.data).digest() for split in splits.values()])
         if fingerprint != summary.fingerprint:
             raise ValueError(f"vocabulary or tokens have the SHA-256 {fingerprint} and not {summary.fingerprint}")
     except (OSError, EOFError, ValueError, KeyError, TypeError, RecursionError) as error:
