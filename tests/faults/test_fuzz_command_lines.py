@@ -32,6 +32,7 @@ WORK = {
     "eval/benchmarks/robustness.py": ("run_suite",),
     "eval/benchmarks/solvers.py": ("deq_lm.evaluation.loading.load_model",),
     "eval/benchmarks/training_step.py": ("deq_lm.evaluation.loading.load_model",),
+    "eval/reliability/fuzz.py": ("run_fuzz",),
     "eval/reliability/kills.py": ("run_kills",),
     "eval/reliability/soak.py": ("deq_lm.data.encoding.prepare",),
 }
