@@ -36,6 +36,8 @@ exit codes: 0 all found, and memory is flat; 1 not so; 2 a mistake in the call.
 KINDS = ("not_finite", "loss_spike", "unconverged_solve")
 EVERY = 50
 """Steps, of which one has a fault."""
+LOOK_EVERY, FEWEST_LOOKS = 200, 5
+"""Steps from one look at what a process holds to the next, and how many looks a line is fitted to at least."""
 
 
 class FaultInjector:
@@ -107,7 +109,7 @@ def train_and_watch(recipe: Recipe, minutes: float, folder: Path) -> None:
         number = arguments[2].progress.step + 1
         injector.before(number)
         result = step(*arguments, **options)
-        if number % 200 == 0:
+        if number % LOOK_EVERY == 0:
             watched.append(_look(number, time.monotonic() - start))
         return result
 
@@ -210,6 +212,10 @@ def main() -> int:
     injected = {kind: set(steps) for kind, steps in facts[0]["injected"].items()}
     metrics = [record for record in map(json.loads, lines) if record["kind"] == "train"]
     watched = [[Watched(**moment) for moment in fact["watched"]] for fact in facts]
+    if min(map(len, watched)) < FEWEST_LOOKS:
+        looks = f"{min(map(len, watched))} looks, one every {LOOK_EVERY} steps; a line needs {FEWEST_LOOKS}"
+        print(f"soak: --minutes {arguments.minutes:g} was enough for {looks}. Give more.", file=sys.stderr)
+        return 2
     result = SoakResult(
         **provenance(),
         minutes=arguments.minutes,
