@@ -1,4 +1,4 @@
-"""Every exception and warning deq_lm raises on purpose.
+"""Every exception and warning deq_lm raises on purpose, and their one line.
 
 A caller's mistake is a `ValueError` (these are subclasses, so that a script can print them as one line); the outcome of
 a solve is a value, `deq_lm.solvers.Outcome`, and becomes an exception only where a policy asks for one.
@@ -31,3 +31,13 @@ class ReversalWarning(UserWarning):
 
 class UnusedSettingWarning(UserWarning):
     """A setting was given that has no effect in this configuration."""
+
+
+def in_one_line(text: str) -> str:
+    """`text` with every character that would break the line or steer a terminal written as an escape.
+
+    Messages show what was given, and a path or a key may hold anything.
+    """
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
+    )

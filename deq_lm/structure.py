@@ -17,7 +17,7 @@ from difflib import get_close_matches
 from pathlib import PurePath
 from typing import Any, Literal, TypeVar, Union
 
-from deq_lm.errors import ConfigError
+from deq_lm.errors import ConfigError, in_one_line
 
 T = TypeVar("T")
 
@@ -102,11 +102,7 @@ def _checked_mapping(value: Any, where: str) -> Mapping[str, Any]:
 
 
 def _place(where: str, key: str) -> str:
-    return f"{where}.{_in_one_line(key)}"
-
-
-def _in_one_line(key: str) -> str:
-    return key if key.isprintable() else repr(key)
+    return f"{where}.{in_one_line(key)}"
 
 
 def _is_required(field: dataclasses.Field[Any]) -> bool:
@@ -224,7 +220,7 @@ def _flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested sections as one mapping from dotted names to values."""
     flat = {}
     for key, value in mapping.items():
-        name = f"{prefix}{_in_one_line(key)}"
+        name = f"{prefix}{in_one_line(key)}"
         if isinstance(value, Mapping) and value:
             flat |= _flat(value, f"{name}.")
         else:

@@ -44,12 +44,12 @@ def main() -> int:
     logging.basicConfig(level=logging.WARNING, format="eval/evaluate.py: %(message)s")
 
     # torch and transformers take seconds to import, which --help and a mistyped option need not wait for
-    from deq_lm.errors import CheckpointError, ConfigError, DataError
+    from deq_lm.errors import CheckpointError, ConfigError, DataError, in_one_line
 
     try:
         measure(arguments)
-    except (CheckpointError, ConfigError, DataError) as error:
-        print(f"eval/evaluate.py: {error}", file=sys.stderr)
+    except (CheckpointError, ConfigError, DataError, OSError) as error:
+        print(f"eval/evaluate.py: {in_one_line(str(error))}", file=sys.stderr)
         return 2
     return 0
 
@@ -61,9 +61,10 @@ def measure(arguments: argparse.Namespace) -> None:
     from accelerate import Accelerator
 
     from deq_lm.data.encoding import PREPARED, prepare
-    from deq_lm.errors import CheckpointError, DataError
+    from deq_lm.errors import CheckpointError
     from deq_lm.evaluation import evaluate, render, write_record
     from deq_lm.evaluation.loading import load_model, model_folder
+    from deq_lm.evaluation.records import check_output
     from deq_lm.structure import to_mapping
     from deq_lm.training import load_recipe
     from deq_lm.training.checkpoint import MANIFEST, damage
@@ -79,8 +80,7 @@ def measure(arguments: argparse.Namespace) -> None:
     # A sealed folder takes no more files: the next one to resume from it would take it for damaged.
     beside = folder.with_name(f"{folder.name}.{name}.json") if sealed else folder / f"{name}.json"
     output = arguments.output or beside
-    if not output.parent.is_dir():
-        raise DataError(f"{output.parent}: no such folder. Give an --output in one that exists.")
+    check_output(output)
 
     accelerator = Accelerator()
     model, tokenizer = load_model(folder)

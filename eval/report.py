@@ -33,7 +33,7 @@ def main() -> int:
     arguments = parser.parse_args()
 
     # torch and transformers take seconds to import, which --help and a mistyped option need not wait for
-    from deq_lm.errors import ConfigError, DataError
+    from deq_lm.errors import ConfigError, DataError, in_one_line
     from deq_lm.evaluation.tables import markdown_table
     from deq_lm.training.strict_yaml import read_yaml
 
@@ -54,8 +54,8 @@ def main() -> int:
             published = read_published(PUBLISHED)
             write_report(measurements, published, arguments.output, title=arguments.title, notes=notes)
             print(f"written: {arguments.output / 'index.html'}")
-    except (ConfigError, DataError) as error:
-        print(f"eval/report.py: {error}", file=sys.stderr)
+    except (ConfigError, DataError, OSError) as error:
+        print(f"eval/report.py: {in_one_line(str(error))}", file=sys.stderr)
         return 2
     return 0
 

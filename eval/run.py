@@ -46,7 +46,7 @@ def main() -> int:
     # torch and transformers take seconds to import, which --help and a mistyped option need not wait for
     from dataclasses import replace
 
-    from deq_lm.errors import CheckpointError, ConfigError, DataError
+    from deq_lm.errors import CheckpointError, ConfigError, DataError, in_one_line
     from deq_lm.suites import load_suite, run_suite, subjects_of
 
     path = Path(arguments.suite)
@@ -64,8 +64,8 @@ def main() -> int:
         )
         suite = replace(suite, train=suite.train or arguments.train)
         run_suite(suite, subjects, arguments.output or Path("results") / suite.name)
-    except (CheckpointError, ConfigError, DataError) as error:
-        print(f"eval/run.py: {error}", file=sys.stderr)
+    except (CheckpointError, ConfigError, DataError, OSError) as error:
+        print(f"eval/run.py: {in_one_line(str(error))}", file=sys.stderr)
         return 2
     return 0
 

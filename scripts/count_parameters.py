@@ -34,7 +34,7 @@ def main() -> int:
             parser.error(f"--{option.replace('_', '-')} {value}: expected 1 or more")
 
     # transformers takes seconds to import, which --help and a mistyped option need not wait for
-    from deq_lm.errors import ConfigError
+    from deq_lm.errors import ConfigError, in_one_line
     from deq_lm.modeling import build_config, count_parameters, matching_stack
     from deq_lm.training import load_recipe
 
@@ -50,8 +50,8 @@ def main() -> int:
                 stack = matching_stack(recipe.model, arguments.stack, vocab_size)
                 name = f"  stack of {arguments.stack}, d_inner {stack['cell']['d_inner']}"
                 rows.append((name, count_parameters(build_config(stack, vocab_size))))
-    except ConfigError as error:
-        print(f"count_parameters: {error}", file=sys.stderr)
+    except (ConfigError, OSError) as error:
+        print(f"count_parameters: {in_one_line(str(error))}", file=sys.stderr)
         return 2
     width = max(len(name) for name, _ in rows)
     print(f"{'':<{width}}{'total':>15}{'embedding':>15}{'other':>15}")

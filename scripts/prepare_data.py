@@ -35,7 +35,7 @@ def main() -> int:
     # transformers takes seconds to import, which --help and a mistyped option need not wait for
     from deq_lm.data.corpora import PUBLISHED_WORDS
     from deq_lm.data.encoding import DataConfig, prepare_into
-    from deq_lm.errors import ConfigError, DataError
+    from deq_lm.errors import ConfigError, DataError, in_one_line
 
     try:
         config = DataConfig(
@@ -45,8 +45,8 @@ def main() -> int:
             vocab_size=arguments.vocab_size,
         )
         encoded = prepare_into(config, arguments.output)
-    except (ConfigError, DataError) as error:
-        print(f"prepare_data: {error}", file=sys.stderr)
+    except (ConfigError, DataError, OSError) as error:
+        print(f"prepare_data: {in_one_line(str(error))}", file=sys.stderr)
         return 2
     published = PUBLISHED_WORDS.get(config.corpus, {})
     header = f"{'split':<8}{'tokens':>14}{'words':>14}{'bytes':>16}{'unknown':>12}"

@@ -33,7 +33,7 @@ def main() -> int:
     logging.basicConfig(level=logging.WARNING, format="train_lm: %(message)s")
 
     # torch and transformers take seconds to import, which --help and a mistyped option need not wait for
-    from deq_lm.errors import CheckpointError, ConfigError, DataError, SolveError
+    from deq_lm.errors import CheckpointError, ConfigError, DataError, SolveError, in_one_line
     from deq_lm.training import load_recipe, train
     from deq_lm.training.process import describe_out_of_memory, is_out_of_memory
 
@@ -41,8 +41,8 @@ def main() -> int:
     try:
         recipe = load_recipe(arguments.recipe, arguments.overrides)
         signal_number = train(recipe, resume=arguments.resume)
-    except (CheckpointError, ConfigError, DataError, FloatingPointError, SolveError) as error:
-        print(f"train_lm: {error}", file=sys.stderr)
+    except (CheckpointError, ConfigError, DataError, FloatingPointError, OSError, SolveError) as error:
+        print(f"train_lm: {in_one_line(str(error))}", file=sys.stderr)
         return 3 if isinstance(error, FloatingPointError | SolveError) else 2
     except (MemoryError, RuntimeError) as error:
         if recipe is None or not is_out_of_memory(error):

@@ -1,4 +1,4 @@
-"""The scripts under eval/ as modules; they are no package, and import each other by name."""
+"""The scripts under eval/ and scripts/ as modules; they are no packages, and import each other by name."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from types import ModuleType
 FOLDER = Path(__file__).resolve().parents[1] / "eval"
 
 
-def load(place: str) -> ModuleType:
-    """The module in eval/`place`.py, anew."""
-    path = FOLDER / f"{place}.py"
+def load(place: str, folder: Path = FOLDER) -> ModuleType:
+    """The module in `folder`/`place`.py, anew."""
+    path = folder / f"{place}.py"
     specification = importlib.util.spec_from_file_location(path.stem, path)
     assert specification is not None
     assert specification.loader is not None

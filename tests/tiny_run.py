@@ -13,8 +13,7 @@ from deq_lm.data.encoding import prepare
 from deq_lm.data.streams import ContiguousStreams
 from deq_lm.modeling import DEQLMForCausalLM, build_config
 from deq_lm.structure import build, to_mapping
-from deq_lm.training.checkpoint import Identity, TrainingState
-from deq_lm.training.loop import comparable_config
+from deq_lm.training.checkpoint import Identity, TrainingState, comparable_config
 from deq_lm.training.optimizer import make_optimizer
 from deq_lm.training.phases import comparable_phases
 from deq_lm.training.recipe import Recipe, apply_override
@@ -120,7 +119,7 @@ def make_state(recipe: Recipe, accelerator: Accelerator) -> tuple[TrainingState,
     schedule = make_schedule(optimizer, recipe.training.schedule, max_steps=recipe.training.max_steps)
     identity = Identity(
         to_mapping(recipe),
-        comparable_config(model),
+        comparable_config(model.config),
         corpus.fingerprint,
         accelerator.num_processes,
         comparable_phases(recipe.training.phases, recipe.training.num_schedule_steps),

@@ -33,6 +33,15 @@ PUBLISHED_WORDS: Mapping[str, Mapping[str, int]] = {
 PUBLISHED_VOCABULARY = {"wikitext-103": 267_735}
 """Different words of the training split, `<eos>` included (Dai et al. 2019)."""
 
+KNOWN_SHA256: Mapping[str, Mapping[str, str]] = {
+    "wikitext-103": {
+        "valid": "9aee9f52d6e77de6c7751fc5e7c44287db3ec0eaf15477098acc6b93c1c4250b",
+        "test": "56db52eb157b1ab5c89646eef70510c1eca6e12a3bfdb99f0d6b05b4eacb75b9",
+    },
+}
+"""Of the text of the original wiki.{valid,test}.tokens, which the hub's rows joined have to be. Not known for the other
+splits and corpora: of those, the pinned commit and the published counts are all there is."""
+
 CORPUS_NAMES = ("builtin", "text", *_HUB_CONFIGURATIONS)
 _PROBE_SECONDS = 2
 
@@ -127,14 +136,38 @@ def _from_files(name: str, files: Mapping[str, FileDocuments], *, lines_count_as
 
 @dataclass(frozen=True)
 class _HubDocuments:
-    """The documents of a split on the hub, whose rows are the lines of the original file."""
+    """The documents of a split on the hub, whose rows are the lines of the original file.
+
+    Attributes:
+        rows: as `datasets` gives them.
+        name: of corpus and split, for messages.
+        sha256: of the whole text; None where it is not known.
+    """
 
     rows: Any
+    name: str
+    sha256: str | None
 
     def __iter__(self) -> Iterator[str]:
+        """Yields the documents in order.
+
+        Raises:
+            DataError: at the end, the text was not the one it has to be.
+        """
+        return documents(self._lines())
+
+    def _lines(self) -> Iterator[str]:
+        digest = hashlib.sha256()
         # The hub has "" where the file has a blank line, which is " \n"; with it, both give the same text and counts.
-        texts = (text or " \n" for batch in self.rows.iter(batch_size=1000) for text in batch["text"])
-        return documents(text if text.endswith("\n") else text + "\n" for text in texts)
+        for text in (text or " \n" for batch in self.rows.iter(batch_size=1000) for text in batch["text"]):
+            line = text if text.endswith("\n") else text + "\n"
+            digest.update(line.encode())
+            yield line
+        if self.sha256 not in (None, digest.hexdigest()):
+            raise DataError(
+                f"{self.name}: what the hub gave has the SHA-256 {digest.hexdigest()}, and the original {self.sha256}. "
+                "Empty the cache of datasets and fetch it again, or give data_dir, a folder with wiki.*.tokens."
+            )
 
 
 def _from_hub(name: str) -> Corpus:
@@ -164,7 +197,11 @@ def _from_hub(name: str) -> Corpus:
             f"corpus {name}: the hub gave no {HUB_REPOSITORY} ({configuration}): {error}. {remedy}"
         ) from error
     hub_names = {"train": "train", "valid": "validation", "test": "test"}
-    splits = {split: Split(_HubDocuments(loaded[hub_names[split]])) for split in SPLITS}
+    known = KNOWN_SHA256.get(name, {})
+    splits = {
+        split: Split(_HubDocuments(loaded[hub_names[split]], f"the {split} split of {name}", known.get(split)))
+        for split in SPLITS
+    }
     return Corpus(name, splits, lines_count_as_words=True, fingerprint=f"{HUB_REVISION}/{configuration}")
 
 

@@ -12,7 +12,7 @@ import logging
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -161,7 +161,9 @@ def prepare_into(config: DataConfig, folder: str | Path) -> EncodedCorpus:
 
 
 def load_prepared(folder: str | Path, *, expected: DataConfig | None = None) -> EncodedCorpus:
-    """The encoded corpus in a prepared folder. Logs a warning if its words are not as many as published for its name.
+    """The encoded corpus in a prepared folder, if vocabulary and tokens are those that were written there.
+
+    Logs a warning if its words are not as many as published for its name.
 
     Args:
         folder: written by `prepare` or `prepare_into`.
@@ -183,6 +185,9 @@ def load_prepared(folder: str | Path, *, expected: DataConfig | None = None) -> 
         for name, split in splits.items():
             if split.tokens.max() >= len(tokenizer):
                 raise ValueError(f"{name}.npy has the token {split.tokens.max()}, of a vocabulary of {len(tokenizer)}")
+        fingerprint = _fingerprint(tokenizer, [hashlib.sha256(split.tokens.data).digest() for split in splits.values()])
+        if fingerprint != summary.fingerprint:
+            raise ValueError(f"vocabulary or tokens have the SHA-256 {fingerprint} and not {summary.fingerprint}")
     except (OSError, EOFError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(
             f"{folder}: the prepared data is damaged ({error}). Remove the folder and prepare again."
@@ -255,21 +260,28 @@ def _fill(config: DataConfig, corpus: Corpus, folder: Path) -> None:
     else:
         tokenizer = load_tokenizer(config.tokenizer)
     tokenizer.save_pretrained(folder / "tokenizer")
-    digest = hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
-    splits = {}
+    splits, digests = {}, []
     for name in SPLITS:
         documents = corpus.splits[name].documents
         with TokenWriter(folder / f"{name}.npy", vocab_size=len(tokenizer)) as writer:
             counts = encode_split(documents, tokenizer, writer, lines_count_as_words=corpus.lines_count_as_words)
         splits[name] = counts.to_mapping()
-        digest.update(writer.digest)
+        digests.append(writer.digest)
         logger.info("encoded %s: %d tokens", name, counts.num_tokens)
     summary = {
         "format": _FORMAT,
-        "fingerprint": digest.hexdigest(),
+        "fingerprint": _fingerprint(tokenizer, digests),
         "corpus": config.corpus,
         "tokenizer": config.tokenizer,
         "vocab_size": config.vocab_size,
         "splits": splits,
     }
     (folder / _SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+
+
+def _fingerprint(tokenizer: PreTrainedTokenizerFast, digests: Iterable[bytes]) -> str:
+    """sha256 of the vocabulary and, by their own, of the tokens of each split."""
+    fingerprint = hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
+    for digest in digests:
+        fingerprint.update(digest)
+    return fingerprint.hexdigest()

@@ -57,6 +57,18 @@ def provenance() -> dict[str, Any]:
     }
 
 
+def check_output(path: Path) -> None:
+    """Find out before a measurement what `write_record` would find out after it.
+
+    Raises:
+        DataError: there is no such folder, or something is there that is no file, such as a device.
+    """
+    if not path.parent.is_dir():
+        raise DataError(f"{path.parent}: no such folder. Give an --output in one that exists.")
+    if path.exists() and not path.is_file():
+        raise DataError(f"{path}: is there, and is no file that could be replaced. Give another --output.")
+
+
 def write_record(path: Path, record: Record) -> None:
     """Write `record` as JSON; the file appears complete or not at all.
 

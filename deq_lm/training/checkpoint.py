@@ -22,7 +22,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +34,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from deq_lm.cells.memory import Memory
 from deq_lm.data.streams import ContiguousStreams
 from deq_lm.errors import CheckpointError
-from deq_lm.modeling import DEQLMForCausalLM
+from deq_lm.modeling import DEQLMConfig, DEQLMForCausalLM
+from deq_lm.modeling.configuration_deq_lm import ModelSettings
 from deq_lm.structure import build, differences, to_mapping
 from deq_lm.training.durable import begin_folder, publish_folder, remove_folder, write_text
 from deq_lm.training.faults import Account
@@ -128,6 +129,15 @@ class Identity:
     data_fingerprint: str
     num_processes: int
     phases: tuple[Mapping[str, Any], ...] = ()
+
+
+def comparable_config(config: PreTrainedConfig) -> dict[str, Any]:
+    """A model's configuration with all defaults filled in, without what the library writes about itself."""
+    found = {name: getattr(config, name) for name in _CONFIG}
+    return {**found, "evaluation_stopping": found["evaluation_stopping"] or found["stopping"]}
+
+
+_CONFIG = ("vocab_size", *(setting.name for setting in fields(ModelSettings)))
 
 
 def save(
@@ -267,6 +277,9 @@ def _read_shared(path: Path, state: TrainingState, identity: Identity) -> _Share
         schedule, current = content["schedule"], state.schedule.state_dict()
         if not isinstance(schedule, dict) or _layout(schedule) != _layout(current):
             raise ValueError("schedule: is of another kind")
+        # A setting that there was not yet when it was saved has the value by default.
+        known = {name: saved.model_config[name] for name in _CONFIG if saved.model_config.get(name) is not None}
+        saved = replace(saved, model_config={**saved.model_config, **comparable_config(DEQLMConfig(**known))})
     _refuse_differences(path, saved, identity)
     with _named(path / "model.safetensors"):
         with safe_open(path / "model.safetensors", "pt") as file:

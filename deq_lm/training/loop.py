@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import signal
 from contextlib import ExitStack
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ from deq_lm.errors import CheckpointError, ConfigError
 from deq_lm.evaluation import PerplexityResult, evaluate, evaluate_perplexity, render, write_record
 from deq_lm.modeling import DEQLMForCausalLM, build_config
 from deq_lm.modeling.builders import build_stopping
-from deq_lm.modeling.configuration_deq_lm import ModelSettings
 from deq_lm.structure import to_mapping
 from deq_lm.training import checkpoint, sharding
 from deq_lm.training.checkpoint import Identity, TrainingState
@@ -112,7 +110,7 @@ def _train(recipe: Recipe, resume: bool, held: ExitStack) -> int | None:
     state = TrainingState(model, optimizer, schedule, streams)
     identity = Identity(
         recipe=to_mapping(recipe),
-        model_config=comparable_config(model),
+        model_config=checkpoint.comparable_config(model.config),
         data_fingerprint=corpus.fingerprint,
         num_processes=accelerator.num_processes,
         phases=comparable_phases(settings.phases, settings.num_schedule_steps),
@@ -252,13 +250,6 @@ def final_report(
 def is_due(step: int, every: int | None) -> bool:
     """Whether something done every so many steps is to be done after `step`."""
     return every is not None and step % every == 0
-
-
-def comparable_config(model: DEQLMForCausalLM) -> dict[str, Any]:
-    """The model's configuration with all defaults filled in, without what the library writes about itself."""
-    names = ["vocab_size", *(field.name for field in fields(ModelSettings))]
-    config = {name: getattr(model.config, name) for name in names}
-    return {**config, "evaluation_stopping": config["evaluation_stopping"] or config["stopping"]}
 
 
 def describe(

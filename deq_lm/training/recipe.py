@@ -17,7 +17,7 @@ import yaml
 
 from deq_lm.adjoints import Implicit
 from deq_lm.data.encoding import DataConfig
-from deq_lm.errors import ConfigError, UnusedSettingWarning
+from deq_lm.errors import ConfigError, UnusedSettingWarning, in_one_line
 from deq_lm.evaluation import EvaluationConfig
 from deq_lm.modeling import DEQLMConfig, build_config
 from deq_lm.modeling.builders import build_stopping
@@ -205,6 +205,6 @@ def apply_override(mapping: dict[str, Any], override: str) -> None:
     for key in keys[:-1]:
         inner = section.get(key)
         if inner is not None and not isinstance(inner, dict):
-            raise ConfigError(f"{override!r}: {key} is a value, not a section with keys.")
+            raise ConfigError(f"{override!r}: {in_one_line(key)} is a value, not a section with keys.")
         section[key] = section = {} if inner is None else inner
-    section[keys[-1]] = parse_yaml(text, where=f"override {place}")
+    section[keys[-1]] = parse_yaml(text, where=f"override {in_one_line(place)}")

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from deq_lm.errors import ConfigError
+from deq_lm.errors import ConfigError, in_one_line
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 32
@@ -82,7 +82,7 @@ class _StrictLoader(yaml.SafeLoader):
             if not isinstance(key, yaml.ScalarNode):
                 raise _refusal(key, "a key must be text")
             if key.value in seen:
-                raise _refusal(key, f"the key {key.value} is given twice; keep one of them")
+                raise _refusal(key, f"the key {in_one_line(key.value)} is given twice; keep one of them")
             seen.add(key.value)
         return super().construct_mapping(node, deep=deep)
 

@@ -12,13 +12,14 @@ bi-level optimization and implicit models".
 
 from __future__ import annotations
 
+import argparse
 import sys
 from dataclasses import replace
 from typing import Any
 
 import torch
 from cells import embed, load_benchmark_model, random_cell, token_ids, trained_cell
-from measure import benchmark_parser
+from measure import benchmark_parser, run_benchmark
 from torch import Tensor
 
 from deq_lm.evaluation.tables import markdown_table, write_json
@@ -92,12 +93,10 @@ def compare(f: Any, x: Tensor, cotangent: Tensor, rtol: float) -> list[dict[str,
     return rows
 
 
-def main() -> int:
-    arguments = benchmark_parser(__doc__, "eval/results/adjoint_reuse.json").parse_args()
-    device = torch.device(arguments.device)
-    torch.set_num_threads(arguments.threads)
-    model = load_benchmark_model(arguments.model, device)
-    input_ids = token_ids(arguments.model, device)
+def measure(arguments: argparse.Namespace) -> None:
+    """Compare the starts on both maps, print and write the tables."""
+    model = load_benchmark_model(arguments.model, arguments.device)
+    input_ids = token_ids(arguments.model, arguments.device)
     x = embed(model, input_ids)
     # The cotangent that training has: of the mean loss, at the equilibrium.
     hidden = replace(StoppingRule(), rtol=1e-4)
@@ -112,7 +111,10 @@ def main() -> int:
         tables[name] = [row for rtol in (1e-1, 1e-2, 1e-3) for row in compare(f, x, cotangent, rtol)]
         print(f"\n## {name}\n\n{markdown_table(tables[name])}", flush=True)
     write_json(arguments.output, {"tables": tables})
-    return 0
+
+
+def main() -> int:
+    return run_benchmark(benchmark_parser(__doc__, "eval/results/adjoint_reuse.json"), measure)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import torch
@@ -22,13 +21,17 @@ BATCH, LENGTH = 8, 128
 
 
 def load_benchmark_model(run: Path, device: torch.device) -> DEQLMForCausalLM:
-    """The model of a finished run; exits with what to do if there is none."""
+    """The model of a finished run.
+
+    Raises:
+        CheckpointError: there is none; says what makes one.
+    """
     try:
         model, _ = load_model(model_folder(run))
     except CheckpointError as error:
-        sys.exit(
-            f"{error}\nThe benchmarks run on a trained cell: scripts/train_lm.py recipes/benchmark_cell.yaml makes it."
-        )
+        raise CheckpointError(
+            f"{error} The benchmarks run on a trained cell: scripts/train_lm.py recipes/benchmark_cell.yaml makes it."
+        ) from error
     return model.to(device)  # pyright: ignore[reportArgumentType]  (the library's signature)
 
 

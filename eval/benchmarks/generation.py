@@ -7,6 +7,7 @@ of one sequence, float32; a position sees as many positions before it as the tex
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +15,11 @@ from typing import Any
 
 import torch
 from cells import load_benchmark_model
-from measure import benchmark_parser, interleaved_medians
+from measure import benchmark_parser, interleaved_medians, run_benchmark
 from torch import Tensor
 
 from deq_lm.data.encoding import prepare
+from deq_lm.errors import DataError
 from deq_lm.evaluation.modes import remembering
 from deq_lm.evaluation.tables import markdown_table, write_json
 from deq_lm.modeling import DEQLMForCausalLM, EquilibriumCache
@@ -32,7 +34,7 @@ def text_of(run: Path, num_sequences: int, length: int, device: torch.device) ->
     """Consecutive pieces of the test split, (num_sequences, length) int64."""
     tokens = prepare(load_recipe(run / "recipe.yaml").data).splits["test"].tokens
     if len(tokens) < num_sequences * length:
-        sys.exit(f"{run}: its test split has {len(tokens)} tokens; {num_sequences * length} are needed.")
+        raise DataError(f"{run}: its test split has {len(tokens)} tokens; {num_sequences * length} are needed.")
     return torch.as_tensor(tokens[: num_sequences * length].astype("int64"), device=device).view(num_sequences, length)
 
 
@@ -104,22 +106,23 @@ def loss_by_compute(model: DEQLMForCausalLM, ids: Tensor) -> list[dict[str, Any]
     return rows
 
 
-def main() -> int:
-    arguments = benchmark_parser(__doc__, "eval/results/generation.json").parse_args()
-    torch.set_num_threads(arguments.threads)
-    device = torch.device(arguments.device)
-    model = load_benchmark_model(arguments.model, device)
-    ids = text_of(arguments.model, 4, max(LENGTHS) + 1, device)
+def measure(arguments: argparse.Namespace) -> None:
+    """Measure all three, print and write the tables."""
+    model = load_benchmark_model(arguments.model, arguments.device)
+    ids = text_of(arguments.model, 4, max(LENGTHS) + 1, arguments.device)
     tables = {}
     with torch.no_grad():
         with remembering(model, max(LENGTHS)):
-            tables["a token after so many"] = cost_by_length(model, ids, arguments.rounds, device)
+            tables["a token after so many"] = cost_by_length(model, ids, arguments.rounds, arguments.device)
         tables["where a solve starts"] = evaluations_by_start(model, ids[:, :FED])
         tables["less compute"] = loss_by_compute(model, ids[:, :FED])
     for title, rows in tables.items():
         print(f"\n## {title}\n\n{markdown_table(rows)}", flush=True)
     write_json(arguments.output, {"tables": tables})
-    return 0
+
+
+def main() -> int:
+    return run_benchmark(benchmark_parser(__doc__, "eval/results/generation.json"), measure)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from deq_lm.errors import CheckpointError, ConfigError, DataError, in_one_line
+from deq_lm.evaluation.records import check_output
 
 
 def seconds_of(run: Callable[[], Any], device: torch.device) -> float:
@@ -65,13 +70,15 @@ def reachable(rtol: float, precision: str) -> float:
 
 def benchmark_parser(doc: str | None, default_output: str) -> argparse.ArgumentParser:
     """The options every benchmark has."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=doc, epilog=EXIT_CODES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "--model", type=Path, default=Path("runs/benchmark_cell"), help="run whose cell is the trained one"
     )
     parser.add_argument("--output", type=Path, default=Path(default_output), help=f"default: {default_output}")
-    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds behind each median; default: 5")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads; default: 1")
+    parser.add_argument("--rounds", type=count, default=5, help="interleaved rounds behind each median; default: 5")
+    parser.add_argument("--threads", type=threads, default=1, help="CPU threads; default: 1")
     parser.add_argument(
         "--precision",
         nargs="+",
@@ -79,5 +86,56 @@ def benchmark_parser(doc: str | None, default_output: str) -> argparse.ArgumentP
         default=list(PRECISIONS) if torch.cuda.is_available() else ["float32"],
         help="of the trained cell; default: float32, on a GPU all three. bf16 is solved to 1e-2 at most",
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
     return parser
+
+
+EXIT_CODES = "exit codes: 0 done; 2 a mistake in the call, or no trained cell."
+
+
+def count(text: str) -> int:
+    """An option that is a number of 1 or more."""
+    number = int(text)
+    if not 1 <= number < 2**31:
+        raise argparse.ArgumentTypeError(f"{text}: expected 1 or more")
+    return number
+
+
+def tolerance(text: str) -> float:
+    """An option that is a tolerance."""
+    number = float(text)
+    if not 0 < number < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected a number between 0 and 1")
+    return number
+
+
+def threads(text: str) -> int:
+    """An option that is a number of threads."""
+    number, available = int(text), os.cpu_count() or 1
+    if not 1 <= number <= available:
+        raise argparse.ArgumentTypeError(f"{text}: expected 1 to {available}, the processors of this machine")
+    return number
+
+
+def device(text: str) -> torch.device:
+    """An option that is a device of this machine, such as cpu, cuda or cuda:1."""
+    try:
+        found = torch.device(text)
+        torch.empty(1, device=found).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise argparse.ArgumentTypeError(f"{text}: is no device of this machine ({reason})") from error
+    return found
+
+
+def run_benchmark(parser: argparse.ArgumentParser, measure: Callable[[argparse.Namespace], None]) -> int:
+    """Measure what the command line asks for; the code to exit with."""
+    arguments = parser.parse_args()
+    try:
+        check_output(arguments.output)
+        torch.set_num_threads(arguments.threads)
+        measure(arguments)
+    except (CheckpointError, ConfigError, DataError, OSError) as error:
+        print(f"{parser.prog}: {in_one_line(str(error))}", file=sys.stderr)
+        return 2
+    return 0

@@ -21,6 +21,8 @@ EPILOG = """columns:
   kept        bytes kept for the backward pass, beside the inputs of f, by the lattice and by recording every step
 
 A step is one evaluation; the published pair iteration makes two in one step.
+
+exit codes: 0 done; 2 a mistake in the call.
 """
 STEPS = (4, 8, 16, 24, 32, 64)
 RELAXATIONS = (0.5, 0.8)
@@ -51,11 +53,21 @@ def main() -> int:
     parser.add_argument("--steps", type=int, nargs="+", default=STEPS, help="numbers of evaluations after the first")
     parser.add_argument("--threads", type=int, default=1, help="of torch; default: 1")
     arguments = parser.parse_args()
+    if min(arguments.steps) < 1:
+        parser.error(f"--steps {min(arguments.steps)}: expected 1 or more")
+    available = os.cpu_count() or 1
+    if not 1 <= arguments.threads <= available:
+        parser.error(f"--threads {arguments.threads}: expected 1 to {available}, the processors of this machine")
 
     import torch
 
-    from deq_lm.evaluation.records import environment
+    from deq_lm.errors import DataError, in_one_line
+    from deq_lm.evaluation.records import check_output, environment
 
+    try:
+        check_output(arguments.output)
+    except (DataError, OSError) as error:
+        parser.error(in_one_line(str(error)))
     torch.set_num_threads(arguments.threads)
     rows = [
         measure(name, dtype, relaxation, num_steps)

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deq_lm.errors import CheckpointError, ConfigError, DataError, in_one_line
 from deq_lm.evaluation.peak_memory import peak_live_bytes
-from deq_lm.evaluation.records import environment
+from deq_lm.evaluation.records import check_output, environment
 from deq_lm.evaluation.tables import markdown_table
 from deq_lm.regularizers import spectral_radius
 from deq_lm.solvers import Anderson, Broyden, FixedPointSolver, Outcome, Picard, StoppingRule, solve
@@ -27,10 +28,13 @@ from deq_lm.solvers.stopping import Progress
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import problem_suite as suites
+from measure import count
 
 EPILOG = """examples:
   python eval/benchmarks/robustness.py --output eval/results/robustness.json
   python eval/benchmarks/robustness.py --model runs/demo_cpu --solver Picard "Broyden prefix 16"
+
+exit codes: 0 done; 2 a mistake in the call or a model.
 """
 
 # A row of every table. Add a solver here; what it is compared with is REFERENCE.
@@ -326,16 +330,24 @@ def main() -> int:
         "--model", type=Path, nargs="*", default=[], help="run folders whose trained cells are problems too"
     )
     parser.add_argument("--solver", nargs="*", choices=list(SOLVERS), default=list(SOLVERS), help="default: all")
-    parser.add_argument("--max-steps", type=int, default=100, help="default: 100")
+    parser.add_argument("--max-steps", type=count, default=100, help="default: 100")
     parser.add_argument("--seed", type=int, default=0, help="of the random problems")
     parser.add_argument("--quick", action="store_true", help="a few small problems, to try it out")
     parser.add_argument("--output", type=Path, help="JSON file to write, for example eval/results/robustness.json")
     arguments = parser.parse_args()
+    if not 0 <= arguments.seed < 2**63:
+        parser.error(f"--seed {arguments.seed}: expected 0 or more")
 
-    problems = suites.suite(seed=arguments.seed, quick=arguments.quick)
     size = {"batch": 2, "num_segments": 1} if arguments.quick else {}
-    for model in arguments.model:
-        problems += suites.trained_problems(model, **size)
+    try:
+        if arguments.output is not None:
+            check_output(arguments.output)
+        problems = suites.suite(seed=arguments.seed, quick=arguments.quick)
+        for model in arguments.model:
+            problems += suites.trained_problems(model, **size)
+    except (CheckpointError, ConfigError, DataError, OSError) as error:
+        print(f"{parser.prog}: {in_one_line(str(error))}", file=sys.stderr)
+        return 2
     records = run_suite(problems, arguments.solver, max_steps=arguments.max_steps)
     found = losses(records)
     print(f"## Sequences solved\n\n{markdown_table(solved(records))}\n")

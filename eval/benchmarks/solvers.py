@@ -7,13 +7,14 @@ states: peak bytes of tensors alive during a solve, f's own left out, as multipl
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from cells import Contraction, embed, load_benchmark_model, random_cell, token_ids, trained_cell
-from measure import benchmark_parser, computing_in, interleaved_medians, reachable
+from measure import benchmark_parser, computing_in, count, interleaved_medians, reachable, run_benchmark
 from torch import Tensor
 
 from deq_lm.evaluation.peak_memory import peak_live_bytes
@@ -133,17 +134,13 @@ def states(shape: tuple[int, ...], device: torch.device, budgets: tuple[int, ...
     return rows
 
 
-def main() -> int:
-    parser = benchmark_parser(__doc__, "eval/results/solvers.json")
-    parser.add_argument("--check-every", type=int, help="steps between questions to the device; default: 1, on a GPU 4")
-    arguments = parser.parse_args()
-    device = torch.device(arguments.device)
-    torch.set_num_threads(arguments.threads)
+def measure(arguments: argparse.Namespace) -> None:
+    """Run all solvers on all maps, print and write the tables."""
+    device = arguments.device
     check_every = arguments.check_every or (4 if device.type == "cuda" else 1)
+    model = load_benchmark_model(arguments.model, device)
     if not PEERS:
         print("torchdeq is not installed (pip install --no-deps torchdeq): its rows are missing", file=sys.stderr)
-
-    model = load_benchmark_model(arguments.model, device)
     input_ids = token_ids(arguments.model, device)
     x = embed(model, input_ids)
     maps: Mapping[str, Map] = {
@@ -173,7 +170,14 @@ def main() -> int:
     print(f"\n## memory\n\n{markdown_table(tables['memory'])}")
     shape = {"batch": x.shape[0], "length": x.shape[1], "d_model": x.shape[2], "threads": torch.get_num_threads()}
     write_json(arguments.output, {"shape": shape, "check_every": check_every, "tables": tables})
-    return 0
+
+
+def main() -> int:
+    parser = benchmark_parser(__doc__, "eval/results/solvers.json")
+    parser.add_argument(
+        "--check-every", type=count, help="steps between questions to the device; default: 1, on a GPU 4"
+    )
+    return run_benchmark(parser, measure)
 
 
 if __name__ == "__main__":

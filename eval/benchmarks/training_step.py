@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from cells import cell_of, embed, load_benchmark_model, token_ids
-from measure import benchmark_parser, computing_in, interleaved_medians, reachable
+from measure import benchmark_parser, computing_in, count, interleaved_medians, reachable, run_benchmark, tolerance
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -191,19 +191,12 @@ def measure_steps(
     return rows
 
 
-def main() -> int:
-    parser = benchmark_parser(__doc__, "eval/results/training_step.json")
-    parser.add_argument("--max-steps", type=int, default=30, help="budget of both solves, and the deeper unroll")
-    parser.add_argument(
-        "--rtol", type=float, nargs="+", default=[1e-3], help="tolerances of both solves; default: 1e-3"
-    )
-    arguments = parser.parse_args()
-    device = torch.device(arguments.device)
-    torch.set_num_threads(arguments.threads)
+def measure(arguments: argparse.Namespace) -> None:
+    """Measure every way to take the step at every tolerance, print and write the tables."""
+    device = arguments.device
+    model = load_benchmark_model(arguments.model, device)
     if get_deq is None:
         print("torchdeq is not installed (pip install --no-deps torchdeq): its rows are missing", file=sys.stderr)
-
-    model = load_benchmark_model(arguments.model, device)
     x = embed(model, token_ids(arguments.model, device))
     torch.manual_seed(0)
     problem = Problem(cell_of(model).train(), x, torch.randn_like(x))
@@ -218,7 +211,15 @@ def main() -> int:
         print(f"\n## {title}\n\n{markdown_table(tables[title])}", flush=True)
     shape = {"batch": x.shape[0], "length": x.shape[1], "d_model": x.shape[2], "threads": torch.get_num_threads()}
     write_json(arguments.output, {"shape": shape, "tables": tables})
-    return 0
+
+
+def main() -> int:
+    parser = benchmark_parser(__doc__, "eval/results/training_step.json")
+    parser.add_argument("--max-steps", type=count, default=30, help="budget of both solves, and the deeper unroll")
+    parser.add_argument(
+        "--rtol", type=tolerance, nargs="+", default=[1e-3], help="tolerances of both solves; default: 1e-3"
+    )
+    return run_benchmark(parser, measure)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ A run of --steps steps with a checkpoint every 5 is made once without interrupti
 checkpoint write to begin and strike at a random moment of it. The end is compared by the SHA-256 of weights, optimizer and
 random states.
 
-exit codes: 0 every run ended with the weights of the uninterrupted one; 1 one did not.
+exit codes: 0 every run ended with the weights of the uninterrupted one; 1 one did not; 2 a mistake in the call.
 """
 
 FORK = multiprocessing.get_context("fork")
@@ -176,10 +176,14 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the moments; default: 0")
     parser.add_argument("--output", type=Path, help="JSON file to write; default: none")
     arguments = parser.parse_args()
+    for option in ("kills", "steps"):
+        if getattr(arguments, option) < 1:
+            parser.error(f"--{option} {getattr(arguments, option)}: expected 1 or more")
 
     from tiny import tiny_recipe
 
-    from deq_lm.evaluation.records import Record, provenance, write_record
+    from deq_lm.errors import DataError, in_one_line
+    from deq_lm.evaluation.records import Record, check_output, provenance, write_record
     from deq_lm.structure import to_mapping
 
     @dataclass(frozen=True, kw_only=True)
@@ -190,6 +194,11 @@ def main() -> int:
         seed: int
         counts: dict[str, int]
 
+    if arguments.output is not None:
+        try:
+            check_output(arguments.output)
+        except (DataError, OSError) as error:
+            parser.error(in_one_line(str(error)))
     with tempfile.TemporaryDirectory() as folder:
         recipe = tiny_recipe(
             Path(folder), f"training.max_steps={arguments.steps}", "training.checkpoint_every=5", "training.log_every=1"

@@ -30,12 +30,14 @@ a loss that jumps, or solves that are cut short. Every fault has to be found and
 What the process holds, tensors alive and open files are looked at all the time, and a line is fitted to each after the
 first fifth.
 
-exit codes: 0 all found, and memory is flat; 1 not so.
+exit codes: 0 all found, and memory is flat; 1 not so; 2 a mistake in the call.
 """
 
 KINDS = ("not_finite", "loss_spike", "unconverged_solve")
 EVERY = 50
 """Steps, of which one has a fault."""
+LOOK_EVERY, FEWEST_LOOKS = 200, 5
+"""Steps from one look at what a process holds to the next, and how many looks a line is fitted to at least."""
 
 
 class FaultInjector:
@@ -107,7 +109,7 @@ def train_and_watch(recipe: Recipe, minutes: float, folder: Path) -> None:
         number = arguments[2].progress.step + 1
         injector.before(number)
         result = step(*arguments, **options)
-        if number % 200 == 0:
+        if number % LOOK_EVERY == 0:
             watched.append(_look(number, time.monotonic() - start))
         return result
 
@@ -156,12 +158,15 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=30, help="default: 30")
     parser.add_argument("--output", type=Path, help="JSON file to write; default: none")
     arguments = parser.parse_args()
+    if not 0.2 <= arguments.minutes <= 10_000:
+        parser.error(f"--minutes {arguments.minutes:g}: expected 0.2 to 10,000")
 
     from accelerate import debug_launcher
     from tiny import tiny_recipe
 
     from deq_lm.data.encoding import prepare
-    from deq_lm.evaluation.records import Record, provenance, write_record
+    from deq_lm.errors import DataError, in_one_line
+    from deq_lm.evaluation.records import Record, check_output, provenance, write_record
 
     @dataclass(frozen=True, kw_only=True)
     class SoakResult(Record):
@@ -181,6 +186,11 @@ def main() -> int:
         tensor_bytes: list[int]
         open_files: list[int]
 
+    if arguments.output is not None:
+        try:
+            check_output(arguments.output)
+        except (DataError, OSError) as error:
+            parser.error(in_one_line(str(error)))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         recipe = tiny_recipe(
@@ -202,6 +212,10 @@ def main() -> int:
     injected = {kind: set(steps) for kind, steps in facts[0]["injected"].items()}
     metrics = [record for record in map(json.loads, lines) if record["kind"] == "train"]
     watched = [[Watched(**moment) for moment in fact["watched"]] for fact in facts]
+    if min(map(len, watched)) < FEWEST_LOOKS:
+        looks = f"{min(map(len, watched))} looks, one every {LOOK_EVERY} steps; a line needs {FEWEST_LOOKS}"
+        print(f"soak: --minutes {arguments.minutes:g} was enough for {looks}. Give more.", file=sys.stderr)
+        return 2
     result = SoakResult(
         **provenance(),
         minutes=arguments.minutes,

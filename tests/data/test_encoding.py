@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deq_lm.data.encoding import DataConfig, prepare, prepare_into
+from deq_lm.data.encoding import DataConfig, load_prepared, prepare, prepare_into
 from deq_lm.data.text_files import SPLITS
 from deq_lm.errors import ConfigError, DataError
 
@@ -75,6 +75,23 @@ def test_a_damaged_prepared_folder_is_refused(folder: Path, tmp_path):
     np.save(out / "valid.npy", np.zeros(3, dtype=np.uint16))
     with pytest.raises(DataError, match="damaged"):
         prepare(DataConfig("prepared", "bpe", data_dir=str(out)))
+
+
+def test_one_other_token_or_word_in_a_prepared_folder_is_noticed(folder: Path, tmp_path):
+    out = tmp_path / "out"
+    prepare_into(DataConfig("text", "bpe", 300, str(folder)), out)
+    content = (out / "train.npy").read_bytes()
+    (out / "train.npy").write_bytes(content[:-2] + bytes([content[-2] ^ 1, content[-1]]))
+    with pytest.raises(DataError, match="damaged \\(vocabulary or tokens have the SHA-256"):
+        load_prepared(out)
+    (out / "train.npy").write_bytes(content)
+    load_prepared(out)
+    words = tmp_path / "words"
+    prepare_into(DataConfig("text", "word_level", None, str(folder)), words)
+    tokenizer = words / "tokenizer" / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text("utf-8").replace('"the":', '"teh":', 1), encoding="utf-8")
+    with pytest.raises(DataError, match="damaged \\(vocabulary or tokens have the SHA-256"):
+        load_prepared(words)
 
 
 def test_prepared_words_fit_a_recipe_that_says_how_many_they_are(folder: Path, tmp_path):

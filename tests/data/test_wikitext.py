@@ -116,6 +116,7 @@ def test_the_hub_gives_the_same_as_the_files(tmp_path: Path, monkeypatch):
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     monkeypatch.setattr(corpora, "_hub_answers", lambda: True)
+    monkeypatch.setattr(corpora, "KNOWN_SHA256", {})
     hub = load_corpus("wikitext-103")
     assert asked == [(("Salesforce/wikitext", "wikitext-103-v1"), {"revision": corpora.HUB_REVISION})]
     files = load_corpus("wikitext-103", data_dir=write(tmp_path / "text", splits))
@@ -127,6 +128,23 @@ def test_the_hub_gives_the_same_as_the_files(tmp_path: Path, monkeypatch):
         for folder, place in ((None, "hub"), (str(tmp_path / "text"), "files"))
     ]
     assert encoded[0].fingerprint == encoded[1].fingerprint
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason=f"no WikiText-103 in {DATA}; DEQ_LM_DATA is its parent")
+def test_text_of_the_hub_is_the_original_to_the_byte_or_refused(monkeypatch):
+    valid, test = ((DATA / f"{name}.tokens").read_text("utf-8") for name in ("valid", "test"))
+    rows = DatasetDict(
+        {"train": hub_rows(TRICKY), "validation": hub_rows(valid), "test": hub_rows(test + "one more \n")}
+    )
+    monkeypatch.setattr("datasets.load_dataset", lambda *_arguments, **_options: rows)
+    monkeypatch.setattr(corpora, "_hub_answers", lambda: True)
+    splits = load_corpus("wikitext-103").splits
+    assert "".join(splits["valid"].documents) == valid
+    assert "".join(splits["train"].documents) == TRICKY  # of which no hash is known
+    with pytest.raises(
+        DataError, match=r"the test split of wikitext-103: what the hub gave has the SHA-256 [0-9a-f]{64}"
+    ):
+        list(splits["test"].documents)
 
 
 def test_what_the_hub_refuses_is_one_error(monkeypatch):

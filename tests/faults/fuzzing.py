@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,11 +25,24 @@ def places(mapping: dict[str, Any], prefix: tuple[str, ...] = ()) -> Iterator[tu
 
 
 def fuzz(check: Callable[[Any], None], inputs: SearchStrategy[Any], num_inputs: int) -> None:
-    """Call `check` with so many inputs; the smallest one it fails with is shown."""
+    """Call `check` with so many inputs; the smallest one it fails with is shown.
+
+    Where DEQ_LM_FUZZ_COUNTS names a file, how many there were is added to it, for eval/reliability/fuzz.py.
+    """
+    count, clean = 0, False
 
     @settings(max_examples=num_inputs, deadline=None, suppress_health_check=list(HealthCheck))
     @given(inputs)
     def run(value: Any) -> None:
+        nonlocal count
+        count += 1
         check(value)
 
-    run()
+    try:
+        run()
+        clean = True
+    finally:
+        if "DEQ_LM_FUZZ_COUNTS" in os.environ:
+            test = os.environ["PYTEST_CURRENT_TEST"].rpartition("::")[2].removesuffix(" (call)")
+            with open(os.environ["DEQ_LM_FUZZ_COUNTS"], "a", encoding="utf-8") as file:
+                file.write(json.dumps({"test": test, "inputs": count, "clean": clean}) + "\n")

@@ -150,6 +150,22 @@ def test_any_damage_is_found_and_the_checkpoint_passed_over(saved, num_inputs):
     fuzz(check, st.tuples(st.sampled_from(files), st.integers(0, 2**30), st.integers(0, 8)), min(num_inputs, 500))
 
 
+def test_a_setting_of_the_model_that_was_not_there_yet_has_its_default(saved):
+    def forget(*settings: str) -> None:
+        with saved.altered() as path:
+            content = json.loads((path / "state.json").read_text("utf-8"))
+            config = content["identity"]["model_config"]
+            for setting in settings:
+                section, _, name = setting.rpartition(".")
+                del (config[section] if section else config)[name]
+            (path / "state.json").write_text(json.dumps(content), encoding="utf-8")
+
+    forget("embedding", "cell.injection", "stopping.patience")
+    restore(saved.copy, saved.state, saved.identity, rank=0)
+    forget("cell.dropout")  # which is not 0 here
+    assert "cell.dropout: 0.0 there, 0.1 here" in saved.refuses("model_config")
+
+
 def changed_tensors(tensors: dict, change: str) -> dict:
     name = next(name for name in sorted(tensors) if tensors[name].dim() > 1)
     if change == "missing":

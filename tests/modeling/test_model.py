@@ -39,6 +39,29 @@ def test_implicit_gradient_equals_the_deeply_unrolled_one_for_every_parameter(id
         assert torch.dist(gradients[0][name], wanted) <= 1e-6 * wanted.norm(), name
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"stopping": {"max_steps": 5, "rtol": 1e-12}, "adjoint": {"name": "implicit", "stopping": {"max_steps": 5}}},
+        {"adjoint": {"name": "implicit", "solver": {"name": "anderson"}}},
+        {"adjoint": {"name": "phantom"}},
+        {"adjoint": {"name": "jacobian_free"}},
+        {"solver": {"name": "reversible"}, "adjoint": {"name": "reversible"}},
+        {"depth": "unrolled", "num_layers": 6, "stopping": {}, "adjoint": {"name": "implicit"}},
+    ],
+    ids=["implicit", "implicit, cut short", "anderson", "phantom", "jacobian_free", "reversible", "unrolled"],
+)
+def test_what_a_position_predicts_has_no_gradient_at_later_tokens(ids: Tensor, settings: dict):
+    model, embedded = make(**settings), []
+    model.model.embed_tokens.register_forward_hook(lambda _module, _inputs, output: embedded.append(output))
+    logits = model(ids).logits
+    position = ids.shape[1] // 2
+    (gradient,) = torch.autograd.grad(logits[:, position].square().sum(), embedded)
+    assert (gradient[:, position + 1 :] == 0).all()
+    assert (gradient[:, : position + 1] != 0).any(dim=2).all()
+
+
 def test_the_reversible_model_has_the_same_gradient_and_survives_a_round_trip(ids: Tensor, tmp_path):
     reversible = {"solver": {"name": "reversible"}, "adjoint": {"name": "reversible"}}
     make(**reversible).save_pretrained(tmp_path)

@@ -1,8 +1,11 @@
 """Checkpoints: nothing is lost, nothing is mixed, and no damage goes unseen."""
 
+import itertools
+import os
 import random
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,8 +17,6 @@ from deq_lm.errors import CheckpointError
 from deq_lm.training import checkpoint, durable
 from deq_lm.training.checkpoint import damage, newest_complete, restore, save
 from deq_lm.training.step import train_step
-
-STEPS = ("begin_folder", "_write_own_files", "_write_shared_files", "write_manifest", "publish_folder", "remove_folder")
 
 
 class Run:
@@ -108,38 +109,53 @@ def test_the_best_is_kept_beside_the_newest(tmp_path):
     assert kept == [[1], [2], [2, 3], [2, 4], [2, 5], [6]]
 
 
-@pytest.mark.parametrize("crash_before", STEPS)
-def test_a_kill_between_any_two_files_leaves_the_checkpoint_before_it(tmp_path, monkeypatch, crash_before):
-    run = Run(tmp_path)
-    run.step()
-    first = run.save(keep=1)
-    run.step()
+class Killed(BaseException):
+    """Like a kill, nothing of ours catches it."""
 
-    def kill(*_: object) -> None:
-        raise KeyboardInterrupt  # like a signal, it is not one of the errors that `save` handles
 
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, crash_before, kill)
-        with pytest.raises(KeyboardInterrupt):
+def test_a_kill_before_any_change_on_the_disk_leaves_whole_checkpoints_only(checkpoints, saved, tmp_path, monkeypatch):
+    """Every sync, rename and removal of a save is the last thing that is not done, one after the other."""
+    run = Run(saved)
+    run.restore(checkpoints / "step_00000002")
+    run.step()
+    countdown = None
+
+    def guard(name: str) -> None:
+        call = getattr(os, name)
+
+        def guarded(*arguments: Any, **options: Any) -> Any:
+            nonlocal countdown
+            if countdown is not None:
+                countdown -= 1
+                if countdown < 0:
+                    raise Killed
+            return call(*arguments, **options)
+
+        monkeypatch.setattr(os, name, guarded)
+
+    for name in ("fsync", "replace", "unlink", "rmdir"):
+        guard(name)
+    newest = []
+    for allowed in itertools.count():
+        run.folder = tmp_path / f"killed_{allowed}"
+        shutil.copytree(checkpoints, run.folder)
+        countdown = allowed
+        try:
             run.save(keep=1)
-    published = crash_before == "remove_folder"  # by then the new one is in place
-    assert newest_complete(run.folder).name == ("step_00000002" if published else first.name)
-    second = run.save(keep=1)  # what is left aside does not disturb
-    assert newest_complete(run.folder) == second
-
-
-def test_a_kill_before_the_rename_leaves_no_checkpoint_of_that_name(tmp_path, monkeypatch):
-    run = Run(tmp_path)
-    run.step()
-
-    def kill(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(durable, "sync", kill)
-        with pytest.raises(KeyboardInterrupt):
-            run.save()
-    assert newest_complete(run.folder) is None
+        except Killed:
+            pass
+        else:
+            break
+        finally:
+            countdown = None
+        assert [path.name for path in run.folder.glob("step_*") if damage(path) is not None] == []
+        newest.append(newest_complete(run.folder).name)
+        assert run.save(keep=1) == newest_complete(run.folder)  # what is left aside does not disturb
+        assert [path.name for path in run.folder.glob("step_*")] == ["step_00000003"]
+        shutil.rmtree(run.folder)
+    assert newest == sorted(newest)
+    assert set(newest) == {"step_00000002", "step_00000003"}
+    assert len(newest) > 40
 
 
 def test_a_full_disk_is_an_error_of_one_line_and_leaves_nothing_aside(tmp_path, monkeypatch):
@@ -195,7 +211,7 @@ def test_a_flipped_bit_in_any_file_is_noticed_and_the_file_named(checkpoints):
     assert damage(path) is None
     for file in sorted(path.rglob("*")):
         content = file.read_bytes()
-        for position in {0, len(content) - 1, *draw.choices(range(len(content)), k=5)}:
+        for position in {0, len(content) - 1, *draw.choices(range(len(content)), k=98)}:
             flipped = bytearray(content)
             flipped[position] ^= 1 << draw.randrange(8)
             file.write_bytes(flipped)

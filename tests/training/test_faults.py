@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tiny_run import PLAIN, forward_changed, leave_weights_alone, make_recipe, make_state, metrics, not_finite, one_step
 
 from deq_lm.errors import SolveError, UnusedSettingWarning
-from deq_lm.training import step
+from deq_lm.training import loop, step
 from deq_lm.training.checkpoint import damage
 from deq_lm.training.faults import (
     FAULTS,
@@ -269,6 +269,37 @@ def test_a_loss_that_jumps_above_its_running_mean_is_a_spike(tmp_path, name, upd
     assert 3.0 < result.faults["loss_spike"] < 4.5
     assert state.progress.mean_nats_per_token > mean
     assert same(weights, state.model.parameters()) == (not updates)
+
+
+def test_every_one_of_twenty_spikes_is_skipped_and_recorded_and_all_other_steps_go_on(tmp_path, monkeypatch):
+    steps, spikes = 70, range(5, 45, 2)
+    recipe = make_recipe(
+        tmp_path,
+        *PLAIN,
+        policy("skip", "loss_spike"),
+        policy("ignore"),
+        f"training.max_steps={steps}",
+        f"training.schedule.decay_steps={steps}",
+        "training.jacobian=null",
+        "training.gradient_accumulation=1",
+        "training.evaluate_every=null",
+        "training.checkpoint_every=100",
+    )
+    step_of = loop.train_step
+
+    def with_spikes(accelerator, model, state, *arguments, **options):
+        is_spike = state.progress.step + 1 in spikes
+        with losses_raised(state.model, 8.0 * is_spike):
+            return step_of(accelerator, model, state, *arguments, **options)
+
+    monkeypatch.setattr(loop, "train_step", with_spikes)
+    train(recipe)
+    assert [record["step"] for record in metrics(recipe, "fault")] == list(spikes)
+    lines = metrics(recipe, "train")
+    assert [line["step"] for line in lines if line["skipped"]] == list(spikes)
+    assert len(lines) - len(spikes) == 50
+    assert all(math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"]) for line in lines)
+    assert lines[-1]["loss"] < lines[0]["loss"]
 
 
 def test_a_loss_that_stays_high_is_taken_for_the_new_level_before_the_run_gives_up(tmp_path):

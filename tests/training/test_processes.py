@@ -154,12 +154,12 @@ def skip(folder: Path) -> None:
     )
 
 
-def skip_unconverged(folder: Path) -> None:
+def skip_unconverged(folder: Path, policy: str) -> None:
     """One process's adjoint solve is reported as unconverged; record what each process did about it."""
     AcceleratorState._reset_state(reset_partial_state=True)
     torch.set_num_threads(1)
     accelerator = Accelerator()
-    recipe = make_recipe(folder, *SETTINGS, "training.faults.unconverged_adjoint={policy: skip, limit: 0.5}")
+    recipe = make_recipe(folder, *SETTINGS, f"training.faults.unconverged_adjoint={{policy: {policy}, limit: 0.5}}")
     state, *_ = make_state(recipe, accelerator)
     model, state.optimizer = accelerator.prepare(state.model, state.optimizer)
     facts_of = step.facts_of
@@ -182,14 +182,16 @@ def skip_unconverged(folder: Path) -> None:
     torch.save(facts | {"memory": state.memory is not None}, folder / f"unconverged_{accelerator.process_index}.pt")
 
 
-def test_all_processes_skip_if_one_has_an_unconverged_adjoint_and_know_its_residual(tmp_path):
+@pytest.mark.parametrize("policy", ["skip", "retry"])
+def test_all_processes_skip_if_one_has_an_unconverged_adjoint_and_know_its_residual(tmp_path, policy):
     make_recipe(tmp_path)
-    launch(skip_unconverged, tmp_path)
+    launch(skip_unconverged, tmp_path, policy)
     first, second = (torch.load(tmp_path / f"unconverged_{rank}.pt") for rank in (0, 1))
     assert first == second
     assert first["converged"][::2] == ({}, 0)
     assert first["unconverged"] == ({"unconverged_adjoint": 0.75}, True, 1)
-    (record,) = first["unconverged records"]
+    *again, record = first["unconverged records"]
+    assert [earlier["policy"] for earlier in again] == (["retry"] if policy == "retry" else [])
     # two segments a step, of which this is the second; the two streams of rank 1 are 2 and 3, and the first is to blame
     assert (record["policy"], record["epoch"], record["segment"]) == ("skip", 0, 2)
     assert record["worst_solve"] == {"residual": 0.75, "segment": 0, "stream": 2}

@@ -78,6 +78,28 @@ def test_a_signal_stops_after_a_checkpoint_and_the_rest_follows_on_resume(
     assert metrics(recipe, "test") == metrics(uninterrupted, "test")
 
 
+@pytest.mark.parametrize("place", ["checkpoint.save", "validate"])
+def test_a_signal_during_a_save_or_an_evaluation_is_obeyed_after_the_next_step(
+    uninterrupted, tmp_path, monkeypatch, place
+):
+    recipe = make_recipe(tmp_path)
+    holder, name = (loop.checkpoint, "save") if place == "checkpoint.save" else (loop, place)
+    work = getattr(holder, name)
+
+    def signal_and_work(*args, **kwargs):
+        monkeypatch.setattr(holder, name, work)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return work(*args, **kwargs)
+
+    monkeypatch.setattr(holder, name, signal_and_work)
+    assert train(recipe) == signal.SIGTERM
+    step = 3 if place == "checkpoint.save" else 5  # saved every 2 steps, and evaluated every 4
+    newest = Path(recipe.training.output_dir) / "checkpoints" / f"step_{step:08d}"
+    assert damage(newest) is None
+    assert train(recipe, resume=True) is None
+    assert_same_run(uninterrupted, recipe)
+
+
 def test_after_a_truncated_checkpoint_the_one_before_it_is_continued(uninterrupted, tmp_path, caplog):
     recipe = make_recipe(tmp_path)
     train(make_recipe(tmp_path, "training.max_steps=6"))

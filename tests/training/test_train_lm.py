@@ -140,6 +140,34 @@ def test_out_of_memory_is_one_line_that_says_what_to_lower_and_ends_with_four(mo
         assert setting in message
 
 
+def test_a_disk_that_fills_between_two_checkpoints_is_one_line_and_the_run_goes_on_when_there_is_space(
+    monkeypatch, recipe, tmp_path, capsys
+):
+    from deq_lm.training.tracking import Tracker
+
+    record = Tracker.record
+
+    def full(self: Tracker, step: int, *arguments: object) -> None:
+        if step == 3:
+            raise OSError(28, "No space left on device")
+        record(self, step, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tracker, "record", full)
+        assert call(patch, recipe) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "train_lm: [Errno 28] No space left on device"
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000002"]
+    assert call(monkeypatch, recipe, "--resume") == 0
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(monkeypatch, recipe, tmp_path, capsys):
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    assert call(monkeypatch, recipe, f"training.output_dir={tmp_path}/file/run") == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert f"{tmp_path}/file/run" in message
+
+
 def test_another_error_of_ours_is_not_taken_for_it(monkeypatch, recipe):
     from deq_lm.training import loop
 
