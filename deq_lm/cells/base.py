@@ -126,6 +126,10 @@ class Cell(nn.Module):
                 `BoundCell`.
         """
 
+    def as_state(self, x: Tensor) -> Tensor:
+        """`x` in the shape in which a solver is to see the state, (B, L, ...)."""
+        return x
+
     @abstractmethod
     def reset_parameters(self) -> None:
         """Draw all parameters anew (after construction on the meta device, say); `__init__` calls it too."""
