@@ -103,7 +103,8 @@ class _Evaluation:
         if draws and len(x) != self.num_sequences:
             raise ValueError(
                 f"{type(self.module).__name__} draws random numbers, and here for a part of the batch, as "
-                "estimate_jacobian does: they are not those of the solve. Apply dropout to x instead, or put it into eval()."
+                "estimate_jacobian does: they are not those of the solve. Apply dropout to x instead, or put it into "
+                "eval()."
             )
         changed = [name for name in owned if used[name] is not owned[name] or _version(owned[name]) != before[name]]
         if changed:

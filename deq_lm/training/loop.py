@@ -102,7 +102,9 @@ def _train(recipe: Recipe, resume: bool, held: ExitStack) -> int | None:
 
     # model: the same initial weights everywhere, then different dropout masks
     set_seed(recipe.seed)
-    model = DEQLMForCausalLM(build_config(recipe.model, vocab_size=len(corpus.tokenizer)))
+    config = build_config(recipe.model, vocab_size=len(corpus.tokenizer))
+    config.n_ctx = settings.segment_length + config.mem_len
+    model = DEQLMForCausalLM(config)
     set_seed(recipe.seed, device_specific=True)
     optimizer = make_optimizer(model, settings.optimizer)
     schedule = make_schedule(optimizer, settings.schedule, max_steps=settings.max_steps)
