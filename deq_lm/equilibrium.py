@@ -120,7 +120,9 @@ class Equilibrium(nn.Module):
         else:
             solution = run(f, z0)
             output = solution.image
-        output = output.to(x.dtype).view(x.shape)
+        output = output.to(x.dtype)
+        if output.shape != x.shape:  # only then, because FSDP2 advises against views
+            output = output.view(x.shape)
         jacobian = jacobian_penalty(f, solution.z) if estimate_jacobian else None
         return SegmentOutput(output, self.cell.remember(f, output, x, memory), solution, jacobian)
 

@@ -30,7 +30,7 @@ def load(text: str | None = None, pretrained: str | None = None, **_: Any) -> di
     for document in documents(read_lines(Path(text))):
         whole += document
         if not word_level.ends_lines(tokenizer):
-            tokenized += document + tokenizer.eos_token
+            tokenized += document + str(tokenizer.eos_token)
         else:
             tokenized += document if document.endswith("\n") else document + "\n"
     return {"test": Dataset.from_list([{"text": whole, "tokenized": tokenized}])}
