@@ -26,9 +26,9 @@ def load_benchmark_model(run: Path, device: torch.device) -> DEQLMForCausalLM:
     try:
         model, _ = load_model(model_folder(run))
     except CheckpointError as error:
-        sys.exit(
-            f"{error}\nThe benchmarks run on a trained cell: scripts/train_lm.py recipes/benchmark_cell.yaml makes it."
-        )
+        made_by = "The benchmarks run on a trained cell, which scripts/train_lm.py recipes/benchmark_cell.yaml makes."
+        print(f"{error} {made_by}", file=sys.stderr)
+        sys.exit(2)
     return model.to(device)  # pyright: ignore[reportArgumentType]  (the library's signature)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deq_lm.errors import CheckpointError, ConfigError, DataError
 from deq_lm.evaluation.peak_memory import peak_live_bytes
 from deq_lm.evaluation.records import environment
 from deq_lm.evaluation.tables import markdown_table
@@ -31,6 +32,8 @@ import problem_suite as suites
 EPILOG = """examples:
   python eval/benchmarks/robustness.py --output eval/results/robustness.json
   python eval/benchmarks/robustness.py --model runs/demo_cpu --solver Picard "Broyden prefix 16"
+
+exit codes: 0 done; 2 a mistake in the call, or in the run that --model names.
 """
 
 # A row of every table. Add a solver here; what it is compared with is REFERENCE.
@@ -334,8 +337,12 @@ def main() -> int:
 
     problems = suites.suite(seed=arguments.seed, quick=arguments.quick)
     size = {"batch": 2, "num_segments": 1} if arguments.quick else {}
-    for model in arguments.model:
-        problems += suites.trained_problems(model, **size)
+    try:
+        for model in arguments.model:
+            problems += suites.trained_problems(model, **size)
+    except (CheckpointError, ConfigError, DataError) as error:
+        print(f"eval/benchmarks/robustness.py: {error}", file=sys.stderr)
+        return 2
     records = run_suite(problems, arguments.solver, max_steps=arguments.max_steps)
     found = losses(records)
     print(f"## Sequences solved\n\n{markdown_table(solved(records))}\n")

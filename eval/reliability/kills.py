@@ -30,7 +30,7 @@ A run of --steps steps with a checkpoint every 5 is made once without interrupti
 checkpoint write to begin and strike at a random moment of it. The end is compared by the SHA-256 of weights, optimizer and
 random states.
 
-exit codes: 0 every run ended with the weights of the uninterrupted one; 1 one did not.
+exit codes: 0 every run ended with the weights of the uninterrupted one; 1 one did not; 2 a mistake in the call.
 """
 
 FORK = multiprocessing.get_context("fork")

@@ -30,7 +30,7 @@ a loss that jumps, or solves that are cut short. Every fault has to be found and
 What the process holds, tensors alive and open files are looked at all the time, and a line is fitted to each after the
 first fifth.
 
-exit codes: 0 all found, and memory is flat; 1 not so.
+exit codes: 0 all found, and memory is flat; 1 not so; 2 a mistake in the call.
 """
 
 KINDS = ("not_finite", "loss_spike", "unconverged_solve")
