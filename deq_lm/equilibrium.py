@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from deq_lm.adjoints import Adjoint, Implicit, Unrolled
 from deq_lm.cells.base import Cell
 from deq_lm.cells.memory import Memory, Past, ProjectedMemory
+from deq_lm.cells.module_cell import ModuleCell
 from deq_lm.regularizers import jacobian_penalty
 from deq_lm.solvers import Broyden, FixedPointSolver, Picard, Solution, StoppingRule, solve
 
@@ -20,7 +21,7 @@ class SegmentOutput:
     """What one segment gives.
 
     Attributes:
-        output: f(z*), (B, L, D), with the gradient.
+        output: f(z*), of the shape of x, with the gradient.
         memory: what the next segment may attend to; None if the cell keeps none, and after a sliding one.
         solution: the forward solve's facts, without gradient; None where nothing is solved.
         jacobian: `jacobian_penalty` at z*, if asked for.
@@ -47,7 +48,7 @@ class Equilibrium(nn.Module):
 
     def __init__(
         self,
-        cell: Cell,
+        cell: nn.Module,
         *,
         solver: FixedPointSolver | None = None,
         stopping: StoppingRule | None = None,
@@ -57,14 +58,14 @@ class Equilibrium(nn.Module):
         """None takes the default of the class.
 
         Args:
-            cell: the map.
+            cell: the map: a `Cell`, or any module f(z, x), of which a `ModuleCell` is made.
             solver: forward solver, default `Broyden()`.
             stopping: default `StoppingRule()`.
             evaluation_stopping: the rule in evaluation mode, default `stopping`.
             adjoint: default `Implicit()`.
         """
         super().__init__()
-        self.cell = cell
+        self.cell = cell if isinstance(cell, Cell) else ModuleCell(cell)
         self.solver = Broyden() if solver is None else solver
         self.stopping = StoppingRule() if stopping is None else stopping
         self.evaluation_stopping = self.stopping if evaluation_stopping is None else evaluation_stopping
@@ -93,7 +94,7 @@ class Equilibrium(nn.Module):
         """Solve one segment.
 
         Args:
-            x: injected input, (B, L, D).
+            x: injected input, (B, L, D); of a `ModuleCell`, (B, ...).
             memory: of the segment before.
             key_mask: (B, L) bool, False at padding.
             sliding: see `Cell.bind`.
@@ -119,7 +120,7 @@ class Equilibrium(nn.Module):
             stopping = self.current_stopping
         run = partial(solve, solver=solver, stopping=stopping)
         f = self.cell.bind(x, memory, key_mask, sliding=sliding)
-        z0 = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
+        z0 = torch.zeros_like(self.cell.as_state(x), dtype=torch.promote_types(x.dtype, torch.float32))
         if start is not None:
             z0 = z0 + start.detach()
         if torch.is_grad_enabled():
@@ -129,6 +130,8 @@ class Equilibrium(nn.Module):
             solution = run(f, z0)
             output = solution.image
         output = output.to(x.dtype)
+        if output.shape != x.shape:  # only then, because FSDP2 advises against views
+            output = output.view(x.shape)
         jacobian = jacobian_penalty(f, solution.z) if estimate_jacobian else None
         if sliding:
             return SegmentOutput(output, None, solution, jacobian, self.cell.keep(f, output, x, memory))

@@ -64,6 +64,7 @@ def measure(arguments: argparse.Namespace) -> None:
     from deq_lm.errors import CheckpointError
     from deq_lm.evaluation import evaluate, render, write_record
     from deq_lm.evaluation.loading import load_model, model_folder
+    from deq_lm.evaluation.model_card import write_model_card
     from deq_lm.evaluation.records import check_output
     from deq_lm.structure import to_mapping
     from deq_lm.training import load_recipe
@@ -106,6 +107,8 @@ def measure(arguments: argparse.Namespace) -> None:
     )
     if result is not None:  # on the main process
         write_record(output, result)
+        if output == folder / "evaluation.json":
+            write_model_card(folder, result)
         print(f"{render(result)}\n\nwritten to {output}")
 
 

@@ -77,6 +77,7 @@ def recipe_mapping(folder: Path) -> dict[str, Any]:
             "curve_evaluations": [],
             "unroll_depths": [],
             "sample_tokens": 0,
+            "validation_sample_tokens": 0,
         },
     }
 

@@ -3,6 +3,7 @@
 from deq_lm.cells.base import BoundCell, Cell, CellConfig
 from deq_lm.cells.composed import ComposedCell
 from deq_lm.cells.memory import Memory, Past, ProjectedMemory
+from deq_lm.cells.module_cell import ModuleCell
 from deq_lm.cells.transformer_xl import TransformerXLCell, TransformerXLConfig
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "CellConfig",
     "ComposedCell",
     "Memory",
+    "ModuleCell",
     "Past",
     "ProjectedMemory",
     "TransformerXLCell",

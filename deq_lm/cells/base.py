@@ -144,6 +144,10 @@ class Cell(nn.Module):
                 all of its memory, and of itself all up to each position.
         """
 
+    def as_state(self, x: Tensor) -> Tensor:
+        """`x` in the shape in which a solver is to see the state, (B, L, ...)."""
+        return x
+
     @abstractmethod
     def reset_parameters(self) -> None:
         """Draw all parameters anew (after construction on the meta device, say); `__init__` calls it too."""
@@ -151,9 +155,8 @@ class Cell(nn.Module):
     def compile(self, *arguments: Any, **options: Any) -> None:
         """Compile f, by `torch.compile`; a cell of several blocks has none of its own."""
         if hasattr(self, "evaluate"):
-            functorch_config.donated_buffer = (
-                False  # an adjoint solve runs one recorded evaluation backwards many times
-            )
+            # an adjoint solve runs one recorded evaluation backwards many times
+            functorch_config.donated_buffer = False
             self.evaluate = torch.compile(self.evaluate, *arguments, **options)
 
     @property

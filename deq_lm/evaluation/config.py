@@ -24,6 +24,7 @@ class EvaluationConfig:
         unroll_depths: evaluations at which the memory of a training step is compared with the unrolled model's.
         sample_prompt: text that the sample continues; empty starts a document.
         sample_tokens: length of the sample; 0 makes none.
+        validation_sample_tokens: likewise, of the one drawn at each validation during training.
         sample_temperature: logits are divided by it; 1.0 samples from the model as it is.
     """
 
@@ -37,6 +38,7 @@ class EvaluationConfig:
     unroll_depths: tuple[int, ...] = (4, 8, 16, 32)
     sample_prompt: str = ""
     sample_tokens: int = 60
+    validation_sample_tokens: int = 20
     sample_temperature: float = 1.0
 
     def __post_init__(self) -> None:
@@ -49,7 +51,7 @@ class EvaluationConfig:
             raise ValueError(f"max_segments={self.max_segments}: expected at least 1, or null for all.")
         if self.mem_len is not None and self.mem_len < 0:
             raise ValueError(f"mem_len={self.mem_len}: expected 0 (no memory) or more, or null for the model's own.")
-        for name in ("no_op_segments", "sample_tokens"):
+        for name in ("no_op_segments", "sample_tokens", "validation_sample_tokens"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: expected 0 (to leave it out) or more.")
         for name in ("curve_evaluations", "unroll_depths"):

@@ -61,7 +61,9 @@ class ModelSettings:
 class DEQLMConfig(PreTrainedConfig):
     """Configuration of `DEQLMForCausalLM`. Sections are plain mappings, resolved here to all their values.
 
-    Attributes: `vocab_size`, and those of `ModelSettings`.
+    Attributes: `vocab_size`, those of `ModelSettings`, and `n_ctx`: how many positions attention has seen in training,
+    memory included; None is not known. Distances are relative, so it is no limit, but tools that cut text into windows ask
+    for it by this name. (That of `max_position_embeddings` makes `generate` advise against longer text.)
 
     Raises:
         ConfigError: naming the place and the nearest valid key.
@@ -90,6 +92,7 @@ class DEQLMConfig(PreTrainedConfig):
     evaluation_stopping: dict | None = None
     adjoint: dict | None = None
     tie_word_embeddings: bool = True
+    n_ctx: int | None = None
     num_hidden_layers: int = 1
     use_cache: bool | None = None
     bos_token_id: int | None = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,6 +13,7 @@ from torch import Tensor
 from deq_lm.cells import BoundCell
 from deq_lm.data.streams import ContiguousStreams, Segment
 from deq_lm.equilibrium import Equilibrium
+from deq_lm.evaluation.contraction import noted_bindings
 from deq_lm.evaluation.modes import device_of, measuring, seeded
 from deq_lm.evaluation.records import Record, provenance
 from deq_lm.evaluation.token_loss import finite
@@ -171,7 +171,7 @@ class _Solves:
         self.bound: list[tuple[BoundCell, Tensor, Tensor]] = []  # f, a state, targets
         memory, device = None, device_of(model)
         for segment in segments:
-            with measuring(model), _bindings(self.layers) as bindings:
+            with measuring(model), noted_bindings(self.layers) as bindings:
                 memory = model(segment.input_ids.to(device), memory=memory, return_logits=False).memory
             ((f, x),) = bindings
             self.bound.append((f, torch.zeros_like(x), segment.targets.to(device)))
@@ -186,24 +186,6 @@ class _Solves:
                 hidden = solution.image.to(zero.dtype)
                 nll, num_targets = self.model.lm_head.nll(hidden, targets, self.model.model.embed_tokens)
             yield _Solved(solution, nll.item(), int(num_targets))
-
-
-@contextmanager
-def _bindings(layers: Equilibrium) -> Iterator[list[tuple[BoundCell, Tensor]]]:
-    """Inside, what the cell is bound to is noted: f, and the input it was bound to."""
-    noted: list[tuple[BoundCell, Tensor]] = []
-    bind = layers.cell.bind
-
-    def note(x: Tensor, *arguments: Any, **options: Any) -> BoundCell:
-        f = bind(x, *arguments, **options)
-        noted.append((f, x))
-        return f
-
-    layers.cell.bind = note
-    try:
-        yield noted
-    finally:
-        del layers.cell.bind
 
 
 def _segments(tokens: np.ndarray, subject: Subject, num_segments: int) -> list[Segment]:

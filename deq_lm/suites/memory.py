@@ -216,6 +216,12 @@ def _measure(
     )
 
 
+def parts_of_a_step(step: RepeatedStep) -> MemoryParts:
+    """What is alive at the peak of a step that is not the first."""
+    step.run()  # which makes memory and optimizer state
+    return _parts(step, _meter(step, None))
+
+
 def _meter(step: RepeatedStep, limit_bytes: int | None) -> LiveBytes:
     """One step under a meter that knows gradients when they appear."""
     static = _static_bytes(step)

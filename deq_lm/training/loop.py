@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import signal
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,10 @@ from deq_lm.data.encoding import EncodedCorpus, prepare
 from deq_lm.data.streams import ContiguousStreams
 from deq_lm.errors import CheckpointError, ConfigError
 from deq_lm.evaluation import PerplexityResult, evaluate, evaluate_perplexity, render, write_record
+from deq_lm.evaluation.contraction import largest_spectral_radius
+from deq_lm.evaluation.model_card import write_model_card
+from deq_lm.evaluation.modes import remembering
+from deq_lm.evaluation.sample import sample_text
 from deq_lm.modeling import DEQLMForCausalLM, build_config
 from deq_lm.modeling.builders import build_stopping
 from deq_lm.structure import to_mapping
@@ -35,7 +40,7 @@ from deq_lm.training.recipe import Recipe
 from deq_lm.training.run_folder import RunFolder
 from deq_lm.training.schedules import make_schedule
 from deq_lm.training.step import train_step
-from deq_lm.training.tracking import Interval, Tracker, summarize
+from deq_lm.training.tracking import Interval, Tracker, memory_use, summarize
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +106,9 @@ def _train(recipe: Recipe, resume: bool, held: ExitStack) -> int | None:
     # model: the same initial weights everywhere, then different dropout masks
     set_seed(recipe.seed)
     tokenizer: Any = corpus.tokenizer
-    model = DEQLMForCausalLM(build_config(recipe.model, len(tokenizer), eos_token_id=tokenizer.eos_token_id))
+    config = build_config(recipe.model, len(tokenizer), eos_token_id=tokenizer.eos_token_id)
+    config.n_ctx = settings.segment_length + config.mem_len
+    model = DEQLMForCausalLM(config)
     set_seed(recipe.seed, device_specific=True)
     optimizer = make_optimizer(model, settings.optimizer)
     schedule = make_schedule(optimizer, settings.schedule, max_steps=settings.max_steps)
@@ -149,7 +156,8 @@ def _train(recipe: Recipe, resume: bool, held: ExitStack) -> int | None:
             if is_due(progress.step, settings.log_every):
                 metrics = summarize(gather_object([state.interval]))
                 grad_norm = None if "not_finite" in result.faults else result.grad_norm
-                tracker.log(progress.step, "train", {**metrics, "lr": lr, "grad_norm": grad_norm})
+                memory = memory_use(accelerator.device)
+                tracker.log(progress.step, "train", {**metrics, "lr": lr, "grad_norm": grad_norm, **memory})
                 interval = state.interval
                 for line in describe_faults(progress.step, settings.faults, interval.account, interval.num_steps):
                     tracker.say(line)
@@ -209,10 +217,19 @@ def validate(
     tracker: Tracker,
     step: int,
 ) -> float | None:
-    """Measure and log the validation split; its nats per token."""
-    whole = sharding.whole_model(model)
-    result = evaluate_perplexity(whole, corpus.splits["valid"], recipe.evaluation, accelerator)
-    tracker.log(step, "valid", result.metrics())
+    """Measure and log the validation split, and show what the model writes; its nats per token."""
+    whole, config = sharding.whole_model(model), recipe.evaluation
+    valid = corpus.splits["valid"]
+    result = evaluate_perplexity(whole, valid, config, accelerator)
+    if accelerator.is_main_process:
+        metrics = result.metrics()
+        if whole.config.depth == "equilibrium":
+            with remembering(whole, config.mem_len):
+                metrics["spectral_radius"] = largest_spectral_radius(whole, valid.tokens, config)
+        tracker.log(step, "valid", metrics)
+        if config.validation_sample_tokens:
+            short = replace(config, sample_tokens=config.validation_sample_tokens)
+            tracker.show_text(step, "sample", sample_text(whole, corpus.tokenizer, short, seed=recipe.seed).text)
     return result.perplexity.nats_per_token
 
 
@@ -242,6 +259,7 @@ def final_report(
         model.save_pretrained(aside)
         corpus.tokenizer.save_pretrained(aside)
         write_record(aside / "evaluation.json", result)
+        write_model_card(aside, result)
         publish_folder(aside, run.final)
         tracker.say(f"\n{render(result)}\n\nrun folder: {run.path}")
     accelerator.wait_for_everyone()

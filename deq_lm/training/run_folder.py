@@ -7,7 +7,7 @@
 | metrics.jsonl | one JSON line per log step and evaluation |
 | tensorboard/ | the same for TensorBoard |
 | checkpoints/step_00000100/ | see `deq_lm.training.checkpoint` |
-| final/ | the trained model and its tokenizer, for `from_pretrained`, and evaluation.json |
+| final/ | the trained model and its tokenizer, for `from_pretrained`; evaluation.json, and README.md, its model card |
 | lock | held while a process trains here; names it |
 """
 

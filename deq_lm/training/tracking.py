@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 import statistics
 import sys
 import time
@@ -12,9 +13,11 @@ from dataclasses import dataclass, field, fields, replace
 from importlib.util import find_spec
 from typing import Any
 
+import torch
 from accelerate.tracking import TensorBoardTracker
 from tqdm import tqdm
 
+from deq_lm.evaluation.sample import printable
 from deq_lm.solvers.stopping import Outcome
 from deq_lm.training.faults import FAULTS, Account, nan_as_inf
 from deq_lm.training.run_folder import RunFolder
@@ -123,6 +126,24 @@ def summarize(intervals: Sequence[Interval]) -> dict[str, float | int | None]:
     }
 
 
+def memory_use(device: torch.device) -> dict[str, int | None]:
+    """Bytes of memory that this process takes: all of it on the host, and what torch has given to tensors on a GPU.
+
+    Returns:
+        process_peak_bytes: the most it has had resident since it began, as the operating system counts.
+        device_peak_bytes: the most allocated on the GPU since this was asked before; None on a CPU.
+    """
+    unit = 1 if sys.platform == "darwin" else 1024
+    device_peak = None
+    if device.type == "cuda":
+        device_peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    return {
+        "process_peak_bytes": unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        "device_peak_bytes": device_peak,
+    }
+
+
 class Tracker:
     """Shows and records the metrics of a run; silent on all processes but the main one."""
 
@@ -183,6 +204,13 @@ class Tracker:
         else:
             self.say(f"step {step}/{self._max_steps}  {kind}: {readable(values)}")
 
+    def show_text(self, step: int, name: str, text: str) -> None:
+        """Record text that the model wrote: a line of metrics.jsonl, TensorBoard text, lines to read."""
+        self.record(step, name, {"text": text})
+        if self._board is not None:  # which reads it as Markdown, where what is indented is shown as it is
+            self._board.log({name: "".join(f"    {line}\n" for line in printable(text).split("\n"))}, step=step)
+        self.say(f"step {step}/{self._max_steps}  {name}: " + " | ".join(printable(text).split("\n")))
+
     def record(self, step: int, kind: str, values: Mapping[str, Any]) -> None:
         """A line of metrics.jsonl, and nothing else."""
         if self._enabled:
@@ -204,6 +232,7 @@ _READABLE = {  # name: how it is shown
     "tokens_per_second": "{:,.0f} tokens/s",
     "solver_evaluations": "solver {:.1f} evaluations",
     "solver_residual": "residual {:.1e}",
+    "spectral_radius": "spectral radius {:.2f}",
     "solver_share_converged": "{:.1%} converged",
     "solver_share_diverged": "{:.1%} diverged",
     "solver_share_fallback": "{:.1%} by fallback",

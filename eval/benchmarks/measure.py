@@ -70,8 +70,15 @@ def reachable(rtol: float, precision: str) -> float:
 
 def benchmark_parser(doc: str | None, default_output: str) -> argparse.ArgumentParser:
     """The options every benchmark has."""
+    name = f"eval/benchmarks/{Path(default_output).stem}.py"
+    epilog = f"""examples:
+  python {name}
+  python {name} --model runs/mine --output mine.json --rounds 9
+
+exit codes: 0 done; 2 a mistake in the call, or no trained cell.
+"""
     parser = argparse.ArgumentParser(
-        description=doc, epilog=EXIT_CODES, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=name, description=doc, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "--model", type=Path, default=Path("runs/benchmark_cell"), help="run whose cell is the trained one"
@@ -88,9 +95,6 @@ def benchmark_parser(doc: str | None, default_output: str) -> argparse.ArgumentP
     )
     parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
     return parser
-
-
-EXIT_CODES = "exit codes: 0 done; 2 a mistake in the call, or no trained cell."
 
 
 def count(text: str) -> int:

@@ -11,7 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-EPILOG = """columns:
+EPILOG = """examples:
+  python eval/benchmarks/reversible.py
+  python eval/benchmarks/reversible.py --steps 8 16 --output reversible.json
+
+columns:
   state       largest distance of a state met on the way back from the one of the forward solve, relative to its norm
   gradient    distance of the gradient from that of the same solve with all its steps recorded, relative to its norm
   published   the pair in the dtype of f, f evaluated with a graph on the way back only (other attention kernels)

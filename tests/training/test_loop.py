@@ -1,6 +1,7 @@
 """One step, and the run around it."""
 
 import json
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,8 @@ from tiny_run import PLAIN, forward_changed, leave_weights_alone, make_recipe, m
 from transformers import AutoTokenizer
 
 from deq_lm.errors import CheckpointError, ConfigError, DataError
+from deq_lm.evaluation import EvaluationResult, read_record
+from deq_lm.evaluation.model_card import model_card
 from deq_lm.modeling import DEQLMForCausalLM
 from deq_lm.training import loop
 from deq_lm.training.faults import MAX_SKIPPED_IN_A_ROW
@@ -296,3 +299,32 @@ def test_bfloat16_autocast_trains_float32_weights(tmp_path):
     assert losses[-1] < losses[0]
     model = DEQLMForCausalLM.from_pretrained(Path(recipe.training.output_dir) / "final")
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+
+
+def test_each_validation_of_an_equilibrium_logs_its_contraction_and_what_it_writes_and_changes_no_later_step(tmp_path):
+    sampling = make_recipe(tmp_path / "a", "training.max_steps=4", "evaluation.validation_sample_tokens=5")
+    silent = make_recipe(tmp_path / "b", "training.max_steps=4", "training.evaluate_every=null")
+    for recipe in (sampling, silent):
+        train(recipe)
+    (valid,), (sample,) = metrics(sampling, "valid"), metrics(sampling, "sample")
+    assert valid["spectral_radius"] > 0
+    assert (sample["step"], bool(sample["text"])) == (4, True)
+    assert metrics(silent, "sample") == []
+    losses = [[line["loss"] for line in metrics(recipe, "train")] for recipe in (sampling, silent)]
+    assert losses[0] == losses[1]
+    weights = [DEQLMForCausalLM.from_pretrained(f"{r.training.output_dir}/final") for r in (sampling, silent)]
+    for ours, theirs in zip(weights[0].parameters(), weights[1].parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_the_model_card_in_the_exported_folder_is_that_of_the_evaluation_beside_it(tmp_path):
+    recipe = make_recipe(tmp_path, "training.max_steps=2")
+    train(recipe)
+    final = Path(recipe.training.output_dir) / "final"
+    result = read_record(final / "evaluation.json", EvaluationResult)
+    assert (final / "README.md").read_text("utf-8") == str(model_card(result))
+    (code,) = re.findall(r"```python\n(.*?)```", (final / "README.md").read_text("utf-8"), flags=re.DOTALL)
+    names = {}
+    exec(compile(code.replace("FOLDER", str(final)), "README.md", "exec"), names)
+    assert isinstance(names["model"], DEQLMForCausalLM)
+    assert len(names["tokenizer"]) == names["model"].config.vocab_size

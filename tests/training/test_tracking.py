@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from deq_lm.solvers import Broyden, StoppingRule, solve
 from deq_lm.solvers.stopping import Outcome
 from deq_lm.training.faults import Account
 from deq_lm.training.run_folder import RunFolder
 from deq_lm.training.step import facts_of
-from deq_lm.training.tracking import Interval, Tracker, readable, summarize
+from deq_lm.training.tracking import Interval, Tracker, memory_use, readable, summarize
 
 
 def test_losses_are_summed_and_divided_once_and_solves_are_pooled_over_processes():
@@ -89,7 +90,7 @@ def test_every_metric_of_a_training_line_is_documented():
     documented = []
     for row in rows[: rows.index("")]:
         documented += re.findall(r"`(\w+)`", row.split("|")[1])
-    assert documented == [*summarize([Interval()]), "lr", "grad_norm"]
+    assert documented == [*summarize([Interval()]), "lr", "grad_norm", *memory_use(torch.device("cpu"))]
 
 
 def test_a_solve_that_fell_back_and_one_that_diverged_are_told_apart():
@@ -124,3 +125,21 @@ def test_only_the_main_process_speaks(tmp_path, capsys):
         tracker.say("hello")
     assert list(tmp_path.iterdir()) == []
     assert capsys.readouterr().out == ""
+
+
+def test_memory_is_what_the_operating_system_has_counted_for_this_process():
+    before = memory_use(torch.device("cpu"))
+    assert before["device_peak_bytes"] is None
+    held = torch.ones(before["process_peak_bytes"] // 4)  # as much again, in float32
+    assert memory_use(torch.device("cpu"))["process_peak_bytes"] >= held.nbytes
+
+
+def test_text_of_the_model_goes_to_the_log_to_tensorboard_and_without_its_controls_to_the_terminal(tmp_path, capsys):
+    run, text = RunFolder(tmp_path), "red\x1b[31m\n# no title"
+    with Tracker(run, step=0, max_steps=4, tensorboard=True, enabled=True) as tracker:
+        tracker.show_text(2, "sample", text)
+    assert capsys.readouterr().out == "step 2/4  sample: red\\x1b[31m | # no title\n"
+    assert json.loads(run.metrics.read_text()) == {"step": 2, "kind": "sample", "text": text}
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    (event,) = events.Tensors("sample/text_summary")
+    assert event.tensor_proto.string_val == [b"    red\\x1b[31m\n    # no title\n"]

@@ -177,3 +177,13 @@ def test_another_error_of_ours_is_not_taken_for_it(monkeypatch, recipe):
     monkeypatch.setattr(loop, "train_step", fail)
     with pytest.raises(RuntimeError, match="a bug"):
         call(monkeypatch, recipe)
+
+
+def test_a_dry_run_ends_with_zero_and_leaves_no_run(monkeypatch, recipe, tmp_path, capsys):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert call(monkeypatch, recipe, "--dry-run") == 0
+    assert "memory of a step, MB" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "cache").exists()
+    assert call(monkeypatch, recipe, "--dry-run", "--resume") == 2
+    assert capsys.readouterr().err.splitlines()[-1].endswith("give one of the two")
