@@ -3,6 +3,17 @@
 from deq_lm.cells.base import BoundCell, Cell, CellConfig
 from deq_lm.cells.composed import ComposedCell
 from deq_lm.cells.memory import Memory
+from deq_lm.cells.monotone import MonotoneCell, MonotoneConfig
 from deq_lm.cells.transformer_xl import TransformerXLCell, TransformerXLConfig
 
-__all__ = ["BoundCell", "Cell", "CellConfig", "ComposedCell", "Memory", "TransformerXLCell", "TransformerXLConfig"]
+__all__ = [
+    "BoundCell",
+    "Cell",
+    "CellConfig",
+    "ComposedCell",
+    "Memory",
+    "MonotoneCell",
+    "MonotoneConfig",
+    "TransformerXLCell",
+    "TransformerXLConfig",
+]

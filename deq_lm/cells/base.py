@@ -17,7 +17,7 @@ from deq_lm.cells.memory import Memory
 class CellConfig:
     """What every cell's configuration says; a cell subclasses it and adds its own fields (plain data, with defaults).
 
-    The model reads these and `reads_input`, and no other:
+    The model reads these and the two properties, and no other:
 
     Attributes:
         d_model: width of the state and of the injected input.
@@ -49,6 +49,11 @@ class CellConfig:
     def reads_input(self) -> bool:
         """Whether f depends on x; an equilibrium of a map that does not would know nothing of the text."""
         return True
+
+    @property
+    def has_proximal_form(self) -> bool:
+        """Whether a bound cell offers its parts as `proximal_form`, which operator splittings need."""
+        return False
 
 
 @dataclass(frozen=True)
@@ -140,3 +145,24 @@ class Cell(nn.Module):
             memory: the memory this segment was given.
         """
         return Memory.extend(memory, z, x, self.mem_len)
+
+
+def check_inputs(d_model: int, x: Tensor, memory: Memory | None, key_mask: Tensor | None) -> None:
+    """Raises ValueError unless the arguments of `Cell.bind` belong together and to a cell of this width."""
+    batch, length, width = x.shape
+    if width != d_model:
+        raise ValueError(f"x of shape {tuple(x.shape)}: expected (B, L, d_model), and d_model is {d_model}.")
+    if memory is not None and (memory.z.shape != memory.x.shape or memory.z.shape[::2] != (batch, width)):
+        raise ValueError(
+            f"memory of shape {tuple(memory.z.shape)} with x of shape {tuple(x.shape)}: expected the same batch and "
+            "width. Start with memory=None when the streams change."
+        )
+    for name, mask, positions in (
+        ("key_mask", key_mask, length),
+        ("memory.mask", memory and memory.mask, 0 if memory is None else memory.length),
+    ):
+        if mask is not None and (mask.shape != (batch, positions) or mask.dtype != torch.bool):
+            raise ValueError(
+                f"{name} of shape {tuple(mask.shape)}, {mask.dtype}: expected {(batch, positions)}, bool, one value a "
+                "position, False at padding. A key_mask is for x alone; memory brings its own mask."
+            )

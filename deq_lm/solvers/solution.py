@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -66,3 +66,9 @@ class Solution:
     def converged(self) -> Tensor:
         """(B,) bool."""
         return self.outcome == Outcome.CONVERGED
+
+    def reversed_in_time(self) -> Solution:
+        """The same, with its positions in the opposite order."""
+        return replace(
+            self, z=self.z.flip(1), image=self.image.flip(1), position_num_steps=self.position_num_steps.flip(1)
+        )

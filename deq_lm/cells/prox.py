@@ -1,0 +1,53 @@
+"""Activations as proximal maps: a(v) = prox_h(v) for a closed convex h, and prox_{step h} with them, element by element.
+
+prox_{step h}(v) minimizes step h(x) + (x - v)^2 / 2. A splitting needs it at its own step; f is that of step 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Prox = Callable[[Tensor, Tensor | float], Tensor]
+"""(v, step) -> prox_{step h}(v), both of one shape; step is positive."""
+
+NEWTON_STEPS = 20
+
+
+def relu(v: Tensor, step: Tensor | float) -> Tensor:
+    """h is 0 for x >= 0 and infinite elsewhere: the same projection at every step."""
+    return v.relu()
+
+
+def soft_threshold(v: Tensor, step: Tensor | float, *, threshold: float) -> Tensor:
+    """h(x) = threshold |x|: v shrunk by step threshold."""
+    return v.sign() * (v.abs() - step * threshold).relu()
+
+
+def tanh(v: Tensor, step: Tensor | float) -> Tensor:
+    """h'(x) = artanh(x) - x, so that prox_h = tanh; at another step x = tanh(y) with step y + (1 - step) tanh(y) = v.
+
+    Newton's method for |y|, from a start from which it is monotone: the left-hand side is concave for step < 1 and convex
+    for step > 1, and the start is below the root in the one case, above it in the other. 20 steps reach rounding for
+    steps down to 1e-6. The gradient is that of the last step alone, which is the root's.
+    """
+    if isinstance(step, float) and step == 1.0:
+        return v.tanh()
+    with torch.no_grad():
+        target = v.abs()
+        y = torch.maximum(target, (target - 1 + step) / step)
+        for _ in range(NEWTON_STEPS):
+            y = (y - _excess(y, target, step) / _slope(y, step)).clamp_min(0.0)
+        y = torch.copysign(y, v)
+        slope = _slope(y, step)
+    return (y - _excess(y, v, step) / slope).tanh()
+
+
+def _excess(y: Tensor, v: Tensor, step: Tensor | float) -> Tensor:
+    return step * y + (1 - step) * y.tanh() - v
+
+
+def _slope(y: Tensor, step: Tensor | float) -> Tensor:
+    return step + (1 - step) * (1 - y.tanh().square())
