@@ -29,15 +29,14 @@ def soft_threshold(v: Tensor, step: Tensor | float, *, threshold: float) -> Tens
 def tanh(v: Tensor, step: Tensor | float) -> Tensor:
     """h'(x) = artanh(x) - x, so that prox_h = tanh; at another step x = tanh(y) with step y + (1 - step) tanh(y) = v.
 
-    Newton's method for |y|, from a start from which it is monotone: the left-hand side is concave for step < 1 and convex
-    for step > 1, and the start is below the root in the one case, above it in the other. 20 steps reach rounding for
-    steps down to 1e-6. The gradient is that of the last step alone, which is the root's.
+    Newton's method for |y| from |v|, whence it is monotone: for step < 1 the left-hand side is concave and |v| below the
+    root, for step > 1 it is convex and |v| above it. 20 iterations reach rounding for steps down to 1e-6. The gradient is that of the last step alone, which is the root's.
     """
     if isinstance(step, float) and step == 1.0:
         return v.tanh()
     with torch.no_grad():
         target = v.abs()
-        y = torch.maximum(target, (target - 1 + step) / step)
+        y = target
         for _ in range(NEWTON_STEPS):
             y = (y - _excess(y, target, step) / _slope(y, step)).clamp_min(0.0)
         y = torch.copysign(y, v)
