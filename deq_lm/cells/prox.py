@@ -30,7 +30,8 @@ def tanh(v: Tensor, step: Tensor | float) -> Tensor:
     """h'(x) = artanh(x) - x, so that prox_h = tanh; at another step x = tanh(y) with step y + (1 - step) tanh(y) = v.
 
     Newton's method for |y| from |v|, whence it is monotone: for step < 1 the left-hand side is concave and |v| below the
-    root, for step > 1 it is convex and |v| above it. 20 iterations reach rounding for steps down to 1e-6. The gradient is that of the last step alone, which is the root's.
+    root, for step > 1 it is convex and |v| above it. 20 iterations reach rounding for steps down to 1e-6. The gradient is
+    that of the last iteration alone, which is the root's.
     """
     if isinstance(step, float) and step == 1.0:
         return v.tanh()
