@@ -9,23 +9,24 @@ import torch
 from problems import Problem, causal_matrix
 from torch import Tensor
 
+from deq_lm.cells.prox import Prox, relu
 from deq_lm.solvers import FixedPointSolver, ProximalForm
 
 
 @dataclass(frozen=True)
 class DenseForm:
-    """A proximal form by textbook formulas. h is 0 on x >= 0 (relu) or everywhere (identity).
+    """A proximal form by textbook formulas.
 
     Attributes:
         matrix: W of flattened sequences, (L D, L D).
         offset: u, (B, L, D).
-        activation: "relu" or "identity".
+        activation: (v, step) -> prox_{step h}(v).
         spoil: called with every W z + u and every resolvent's result, to count them or to replace them.
     """
 
     matrix: Tensor
     offset: Tensor
-    activation: str = "relu"
+    activation: Prox = relu
     spoil: Callable[[Tensor], Tensor] = field(default=lambda value: value)
 
     @property
@@ -47,15 +48,24 @@ class DenseForm:
         return self.spoil((z.flatten(1) @ self.matrix.T).view_as(z) + self.offset)
 
     def prox(self, argument: Tensor, step: Tensor | float) -> Tensor:
-        return argument.relu() if self.activation == "relu" else argument.clone()
+        return self.activation(argument, step)
 
     def resolvent(self, step: Tensor | float) -> Callable[[Tensor], Tensor]:
         identity = torch.eye(len(self.matrix), dtype=self.matrix.dtype)
-        inverse = torch.linalg.inv(identity + step * self._one_minus).tril()  # rounding leaves 1e-17 above the diagonal
+        _, length, width = self.offset.shape
+        causal = torch.kron(torch.ones(length, length).tril(), torch.ones(width, width)).to(identity)
+        inverse = torch.linalg.inv(identity + step * self._one_minus) * causal  # without rounding's 1e-17 elsewhere
         return lambda v: self.spoil(((v + step * self.offset).flatten(1) @ inverse.T).view_as(v))
 
     def adjoint_form(self, z: Tensor, cotangent: Tensor) -> ProximalForm:
-        raise NotImplementedError
+        with torch.enable_grad():
+            argument = self.affine(z).detach().requires_grad_()
+            (slope,) = torch.autograd.grad(self.prox(argument, 1.0).sum(), argument)
+        slope, (_, length, width) = slope.flip(1), z.shape
+        reversed_in_time = self.matrix.T.unflatten(0, (length, width)).unflatten(2, (length, width)).flip(0, 2)
+        matrix = reversed_in_time.flatten(2).flatten(0, 1)
+        # D = (1 + step q)^-1 at step 1, of a quadratic with q = 1 / D - 1
+        return DenseForm(matrix, cotangent.flip(1), lambda v, step: v / (1 + step * (1 / slope - 1)))
 
     def scaled(self, scale: float) -> DenseForm:
         """The map s f(z / s)."""
@@ -76,7 +86,7 @@ def monotone_matrix(length: int, width: int, seed: int, *, margin: float = 0.5) 
 
 def monotone(*, batch: int = 3, length: int = 4, width: int = 5, seed: int = 0) -> Problem:
     """z -> relu(W z + u), with u chosen for a z* of which half is zero."""
-    matrix = monotone_matrix(length, width, seed).tril()
+    matrix = monotone_matrix(length, width, seed)
     generator = torch.Generator().manual_seed(seed)
     argument = torch.randn(batch, length, width, dtype=torch.float64, generator=generator)
     z_star = argument.relu()
