@@ -77,9 +77,9 @@ def spinning(margin: float, turn: float) -> DenseForm:
 def test_the_limit_of_forward_backward_is_sharp_and_peaceman_rachford_has_none():
     form = spinning(0.3, 2.0)
     limit = 2 * form.margin / form.lipschitz**2
-    rule = StoppingRule(max_steps=1500, rtol=1e-8, patience=None)
+    rule = StoppingRule(max_steps=3000, rtol=1e-8, patience=None)
     z0 = torch.zeros_like(form.offset)
-    below = solve(form, z0, solver=ForwardBackward(step_size=0.9 * limit), stopping=rule)
+    below = solve(form, z0, solver=ForwardBackward(step_size=0.7 * limit), stopping=rule)
     above = solve(form, z0, solver=ForwardBackward(step_size=1.1 * limit), stopping=rule)
     assert below.converged.all()
     assert above.outcome.tolist() == [Outcome.DIVERGED]
