@@ -32,6 +32,9 @@ class MonotoneConfig(CellConfig):
         num_heads: heads of the attention over the inputs; d_model is divisible by it.
         num_taps: K, earlier states that a position reads; 0 leaves each to itself.
         margin: m, above 0. The larger, the faster a solve and the weaker what a state can say to itself.
+        max_feedback: c, what the norms of A^T A and of B - B^T are held below, each by scaling, so that
+            L <= m + 2 delta + 2 c: one number of steps is enough for all weights, and training cannot make solves slow. None
+            is no limit.
         min_mixing, max_mixing: range of delta, what the norms of W_1, ..., W_K may add up to; delta is learned in it.
         prox: the activation: "relu", "soft_threshold" or "tanh".
         threshold: of "soft_threshold", 0 or more.
@@ -42,7 +45,8 @@ class MonotoneConfig(CellConfig):
 
     num_heads: int = 4
     num_taps: int = 4
-    margin: float = 0.2
+    margin: float = 0.5
+    max_feedback: float | None = 1.0
     min_mixing: float = 0.05
     max_mixing: float = 1.0
     prox: Literal["relu", "soft_threshold", "tanh"] = "relu"
@@ -60,6 +64,8 @@ class MonotoneConfig(CellConfig):
             raise ValueError(
                 f"margin={self.margin}: expected a value above 0; it is what makes the equilibrium unique."
             )
+        if self.max_feedback is not None and not self.max_feedback > 0.0:
+            raise ValueError(f"max_feedback={self.max_feedback}: expected a value above 0, or None for no limit.")
         if not 0.0 < self.min_mixing <= self.max_mixing:
             raise ValueError(
                 f"min_mixing={self.min_mixing}, max_mixing={self.max_mixing}: expected 0 < min_mixing <= max_mixing; to "
@@ -117,7 +123,8 @@ class MonotoneCell(Cell):
         W_0 = (1 - m - delta) I - A^T A + B - B^T,    sum_k ||W_k||_2 <= delta.
 
     The parameters are A, B, V_1, ..., V_K and delta's logit; W_k = V_k min(1, delta / sum_j n(V_j)) with n at least the
-    spectral norm (`spectral_norm_bound`). States before the segment, z_{t-k} for t < k, are memory's, constant in a solve.
+    spectral norm (`spectral_norm_bound`), and A^T A and B - B^T are likewise scaled to norms of `max_feedback` at most.
+    States before the segment, z_{t-k} for t < k, are memory's, constant in a solve.
 
     *I - W >= m I, for every sequence.* Let z be a sequence of any length, z_t = 0 outside of it. The skew part B - B^T adds
     nothing to <z_t, W_0 z_t>, and -<z_t, A^T A z_t> = -||A z_t||^2 <= 0. For each k, by Cauchy and Schwarz and because a
@@ -182,9 +189,13 @@ class MonotoneCell(Cell):
         damping, rotation, taps = (p.to(dtype) for p in (self.damping, self.rotation, self.taps))
         mixing = self.mixing.to(dtype)
         identity = torch.eye(len(damping), dtype=dtype, device=damping.device)
-        own = (1 - self.config.margin - mixing) * identity - damping.T @ damping + rotation - rotation.T
+        symmetric, skew = damping.T @ damping, rotation - rotation.T
+        limit = self.config.max_feedback
+        if limit is not None:
+            symmetric, skew = (part * _shrink(spectral_norm_bound(part), limit) for part in (symmetric, skew))
+        own = (1 - self.config.margin - mixing) * identity - symmetric + skew
         total = spectral_norm_bound(taps).sum()
-        share = mixing / torch.maximum(total, mixing)
+        share = _shrink(total, mixing)
         with torch.no_grad():
             lipschitz = spectral_norm_bound(identity - own) + share * total
         return torch.cat([own, *(share * taps)], dim=1), lipschitz
@@ -246,3 +257,8 @@ class MonotoneCell(Cell):
     def _heads(self, x: Tensor) -> Tensor:
         """(..., L, D) to (..., H, L, E)."""
         return x.unflatten(-1, (self.config.num_heads, -1)).transpose(-3, -2)
+
+
+def _shrink(size: Tensor, limit: Tensor | float) -> Tensor:
+    """The factor, at most 1, that brings `size` to `limit` at most."""
+    return limit / size.clamp(min=limit)

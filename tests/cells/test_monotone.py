@@ -57,12 +57,14 @@ ADVERSARIAL = {
 }
 
 
-@pytest.mark.parametrize("margin", [0.05, 0.7])
+@pytest.mark.parametrize(("margin", "max_feedback"), [(0.05, None), (0.7, None), (0.3, 0.5)])
 @pytest.mark.parametrize("name", ADVERSARIAL)
-def test_one_minus_w_has_the_margin_and_the_norm_bound_on_a_whole_sequence_with_memory(name: str, margin: float):
+def test_one_minus_w_has_the_margin_and_the_norm_bound_on_a_whole_sequence_with_memory(
+    name: str, margin: float, max_feedback: float | None
+):
     """By the eigenvalues of the dense symmetric part, of memory and segment as one sequence and of parts of it."""
     for seed in range(3):
-        cell = make(seed=seed, margin=margin)
+        cell = make(seed=seed, margin=margin, max_feedback=max_feedback)
         with torch.no_grad():
             ADVERSARIAL[name](cell)
             blocks, lipschitz = cell.operator()
@@ -71,6 +73,8 @@ def test_one_minus_w_has_the_margin_and_the_norm_bound_on_a_whole_sequence_with_
         smallest = symmetric_eigenvalues(one_minus)[0]
         assert smallest >= margin - rounding
         assert torch.linalg.matrix_norm(one_minus, 2) <= lipschitz + rounding
+        if max_feedback is not None:  # up to what the bounds are above the norms
+            assert lipschitz <= (margin + 2 * cell.mixing.item() + 2 * max_feedback) * WIDTH ** (1 / 128)
         for start, end in ((PAST, PAST + LENGTH), (0, 3), (2, 3)):  # the segment; a prefix; one position
             part = slice(start * WIDTH, end * WIDTH)
             assert symmetric_eigenvalues(one_minus[part, part])[0] >= margin - rounding
@@ -260,6 +264,7 @@ def test_the_norm_bound_has_a_gradient_and_a_finite_one_at_zero():
     [
         ({"d_model": 10, "num_heads": 3}, "not divisible by num_heads=3"),
         ({"num_taps": -1}, "num_taps=-1: expected 0"),
+        ({"max_feedback": 0.0}, "max_feedback=0.0: expected a value above 0, or None"),
         ({"margin": 0.0}, "margin=0.0: expected a value above 0"),
         (
             {"min_mixing": 0.5, "max_mixing": 0.4},
