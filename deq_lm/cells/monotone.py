@@ -33,8 +33,8 @@ class MonotoneConfig(CellConfig):
         num_taps: K, earlier states that a position reads; 0 leaves each to itself.
         margin: m, above 0. The larger, the faster a solve and the weaker what a state can say to itself.
         max_feedback: c, what the norms of A^T A and of B - B^T are held below, each by scaling, so that
-            L <= m + 2 delta + 2 c: one number of steps is enough for all weights, and training cannot make solves slow. None
-            is no limit.
+            L <= m + 2 delta + 2 c: one number of steps is enough for all weights, and training cannot make solves slow.
+            None is no limit.
         min_mixing, max_mixing: range of delta, what the norms of W_1, ..., W_K may add up to; delta is learned in it.
         prox: the activation: "relu", "soft_threshold" or "tanh".
         threshold: of "soft_threshold", 0 or more.
