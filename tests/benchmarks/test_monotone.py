@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
@@ -12,9 +13,9 @@ from scripts_of_eval import load
 
 
 @pytest.fixture
-def monotone(monkeypatch) -> ModuleType:
-    monkeypatch.setattr(sys, "modules", dict(sys.modules))
-    return load("benchmarks/monotone")
+def monotone() -> Iterator[ModuleType]:
+    yield load("benchmarks/monotone")
+    del sys.modules["monotone"]
 
 
 @pytest.mark.parametrize("family", ["random", "adversarial"])
