@@ -39,15 +39,14 @@ def tanh(v: Tensor, step: Tensor | float) -> Tensor:
         target = v.abs()
         y = target
         for _ in range(NEWTON_STEPS):
-            y = (y - _excess(y, target, step) / _slope(y, step)).clamp_min(0.0)
+            y = _newton(y, target, step).clamp_min_(0.0)
         y = torch.copysign(y, v)
-        slope = _slope(y, step)
-    return (y - _excess(y, v, step) / slope).tanh()
+    return _newton(y, v, step).tanh()
 
 
-def _excess(y: Tensor, v: Tensor, step: Tensor | float) -> Tensor:
-    return step * y + (1 - step) * y.tanh() - v
-
-
-def _slope(y: Tensor, step: Tensor | float) -> Tensor:
-    return step + (1 - step) * (1 - y.tanh().square())
+def _newton(y: Tensor, v: Tensor, step: Tensor | float) -> Tensor:
+    """One iteration for y; v alone is recorded."""
+    rest = 1 - step
+    image = y.tanh()
+    slope = 1 - rest * image.square()  # step + (1 - step) (1 - tanh^2)
+    return y - (step * y + rest * image - v) / slope

@@ -23,6 +23,7 @@ import random
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -75,12 +76,19 @@ def main() -> int:
     parser.add_argument("--draws", type=int, default=1000, help="random weights; default: 1000")
     parser.add_argument("--adversarial", type=int, default=100, help="adversarially scaled weights; default: 100")
     parser.add_argument("--longest", type=int, default=1024, help="positions of the longest sequence; default: 1024")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that solve draws, one thread each; default: 1")
     parser.add_argument("--runs", nargs="*", default=[], metavar="NAME=FOLDER", help="training runs to compare")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     plan = [("random", seed) for seed in range(arguments.draws)]
     plan += [("adversarial", seed) for seed in range(arguments.adversarial)]
-    draws = [measure(family, seed, arguments.longest) for family, seed in plan]
+    families, seeds = zip(*plan, strict=True)
+    longest = [arguments.longest] * len(plan)
+    if arguments.jobs == 1:
+        draws = list(map(measure, families, seeds, longest))
+    else:
+        with ProcessPoolExecutor(arguments.jobs) as pool:
+            draws = list(pool.map(measure, families, seeds, longest, chunksize=5))
     sweep = list(against_step_size())
     training = [row for run in arguments.runs for row in convergence_over_training(*run.split("=", 1))]
     tables = {
