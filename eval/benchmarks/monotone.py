@@ -9,7 +9,7 @@ scaled down where L / m would be above LARGEST_CONDITION: forward-backward needs
 steps / bound: steps until ||f(z) - z|| <= 1e-6 ||f(z)|| over those after which theory is sure of it. Where the distance
     from the solution is at most rate^k d, the residual is at most (1 + ||W||) rate^k d, and ||f(z)|| is at least
     ||z*|| - ||W|| rate^k d.
-apart: largest distance between the two methods' results, relative to their norm.
+apart: largest distance between the two methods' results, relative to their norm, or to that of u where they are zero.
 
 With --runs, also the share of converged solves over training, of run folders NAME=FOLDER.
 """
@@ -100,7 +100,9 @@ def main() -> int:
     }
     for title, rows in tables.items():
         print(f"\n{title}\n\n{markdown_table(rows)}")
-    write_json(arguments.output, {"tables": tables, "draws": [asdict(draw) for draw in draws], "training": training})
+    write_json(
+        arguments.output, {"tables": tables, "hardest": [asdict(draw) for draw in hardest(draws)], "training": training}
+    )
     write_figure(lambda: plot_of_steps(sweep), arguments.output.with_name("monotone_step_size.svg"))
     if training:
         write_figure(lambda: plot_of_training(training), arguments.output.with_name("monotone_training.svg"))
@@ -144,7 +146,7 @@ def measure(family: str, seed: int, longest: int) -> Draw:
         converged=[bool(solution.converged.all()) for solution in solutions],
         steps=[steps_to_tolerance(solution) for solution in solutions],
         bounds=[bound(form, solver, z0, best) for solver, z0 in zip(SPLITTINGS.values(), starts, strict=True)],
-        apart=float((solutions[0].z - best).norm() / best.norm().clamp_min(1e-300)),
+        apart=float((solutions[0].z - best).norm() / (form.offset if is_zero(form, best) else best).norm()),
     )
 
 
@@ -190,10 +192,14 @@ def bound(form: ProximalMap, solver: Splitting, z0: Tensor, z_star: Tensor) -> i
     else:
         distance = float((z0 - z_star).norm())
     size, norm_w = float(z_star.norm()), 1 + float(form.lipschitz)  # ||W|| <= 1 + ||I - W||
-    if size == 0.0:
+    if is_zero(form, z_star):  # no relative residual is ever small
         return MAX_STEPS
     small_enough = RTOL * size / (distance * (1 + norm_w + RTOL * norm_w))
     return max(0, math.ceil(math.log(small_enough) / math.log(rate)))
+
+
+def is_zero(form: ProximalMap, z_star: Tensor) -> bool:
+    return bool(z_star.norm() <= 1e-9 * form.offset.norm())
 
 
 def summary(draws: Sequence[Draw]) -> Iterator[dict[str, Any]]:
@@ -211,6 +217,15 @@ def summary(draws: Sequence[Draw]) -> Iterator[dict[str, Any]]:
                 "largest steps / bound": max(draw.steps[i] / max(1, draw.bounds[i]) for draw in own),
                 "farthest apart": max(draw.apart for draw in own),
             }
+
+
+def hardest(draws: Sequence[Draw], num_draws: int = 20) -> list[Draw]:
+    """Those that came closest to their bound by either method; any draw can be made again from its family and seed."""
+
+    def closeness(draw: Draw) -> float:
+        return max(steps / max(1, bound) for steps, bound in zip(draw.steps, draw.bounds, strict=True))
+
+    return sorted(draws, key=closeness, reverse=True)[:num_draws]
 
 
 @torch.no_grad()
