@@ -51,7 +51,7 @@ def _write(arguments: argparse.Namespace) -> int:
     # torch and transformers take seconds to import, which --help and a mistyped option need not wait for
     import torch
 
-    from deq_lm.errors import CheckpointError, DataError
+    from deq_lm.errors import CheckpointError, DataError, in_one_line
     from deq_lm.evaluation import Decoding, load_model, model_folder, printable, write_text
 
     counts: list[int] = []
@@ -83,8 +83,8 @@ def _write(arguments: argparse.Namespace) -> int:
             model.cuda()  # pyright: ignore[reportCallIssue]  (the library wraps it)
         print(printable(arguments.prompt), end="", flush=True)
         write_text(model, tokenizer, arguments.prompt, decoding, seed=arguments.seed, on_text=show)
-    except (CheckpointError, DataError, ValueError) as error:
-        print(f"generate: {error}", file=sys.stderr)
+    except (CheckpointError, DataError, OSError, ValueError) as error:
+        print(f"generate: {in_one_line(str(error))}", file=sys.stderr)
         return 2
     print()
     if arguments.show_compute:

@@ -7,7 +7,7 @@ from copies of the inputs, under the autocast state and with the dropout mask th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from deq_lm.adjoints.base import Adjoint, DifferentiableMap, Solve
+from deq_lm.adjoints.splitting import splitting_adjoint
 from deq_lm.solvers import Broyden, FixedPointSolver, Solution, StoppingRule, solve
 
 
@@ -25,7 +26,8 @@ class Implicit(Adjoint):
     Attributes:
         solver: solves the (linear) adjoint equation. Coefficients that look at the whole sequence leak nothing into a
             probability here, and need the least memory. J^T carries influence from later to earlier positions, so a prefix
-            scope is applied to reversed time: inner products at t run over positions >= t.
+            scope is applied to reversed time: inner products at t run over positions >= t. An operator splitting, for a
+            monotone cell, solves an equivalent equation (`deq_lm.adjoints.splitting`).
         stopping: its own rule. Only relative tolerances make sense here, gradients have no natural size.
 
     References:
@@ -48,8 +50,12 @@ class Implicit(Adjoint):
         solution = solve(f, z0)
         return _ImplicitGradient.apply(f, solution, self, report, *f.inputs), solution
 
-    def adjoint_solve(self, image: Tensor, z: Tensor, cotangent: Tensor) -> Solution:
-        """Solve u = J^T u + cotangent, all (B, L, D), where `image` = f(z) is recorded; rescaled, so exactly scale-free."""
+    def adjoint_solve(
+        self, f: DifferentiableMap, image: Tensor, z: Tensor, cotangent: Tensor
+    ) -> tuple[Tensor, Solution]:
+        """u with u = J^T u + cotangent, all (B, L, D), and the facts of its solve; `image` = f(z) is recorded."""
+        if self.solver.needs_proximal_form:
+            return splitting_adjoint(f, z, cotangent, self.solver, self.stopping)
         backwards_in_time = self.solver.scope == "prefix"
 
         def reversed_if_prefix(u: Tensor) -> Tensor:
@@ -63,7 +69,9 @@ class Implicit(Adjoint):
 
         start = reversed_if_prefix(cotangent)
         solution = solve(transposed, start, solver=self.solver, stopping=self.stopping)
-        return _map_states(solution, reversed_if_prefix)
+        if backwards_in_time:
+            solution = solution.reversed_in_time()
+        return solution.z, solution
 
 
 class _ImplicitGradient(torch.autograd.Function):
@@ -88,15 +96,16 @@ class _ImplicitGradient(torch.autograd.Function):
         with torch.enable_grad():
             z = z.detach().requires_grad_()
             leaves = [tensor.detach().requires_grad_() for tensor in inputs]
-            image = ctx.f.with_inputs(leaves)(z)
+            f = ctx.f.with_inputs(leaves)
+            image = f(z)
         # A power of two takes the size of the loss out of the solve without touching a digit.
         exponent = torch.frexp(cotangent.abs().amax(dim=tuple(range(1, cotangent.dim())), keepdim=True)).exponent
         unit_cotangent = torch.ldexp(cotangent, -exponent)
         if torch.isfinite(unit_cotangent).all():
-            solution = ctx.adjoint.adjoint_solve(image, z, unit_cotangent)
+            u, solution = ctx.adjoint.adjoint_solve(f, image, z, unit_cotangent)
             if ctx.report is not None:
                 ctx.report(solution)
-            u = torch.ldexp(solution.z, exponent)
+            u = torch.ldexp(u, exponent)
         else:  # a broken loss: let it through for the training loop to see
             u = cotangent
         return (None, None, None, None, *_gradients(image, leaves, u))
@@ -104,14 +113,3 @@ class _ImplicitGradient(torch.autograd.Function):
 
 def _gradients(image: Tensor, leaves: Sequence[Tensor], u: Tensor) -> tuple[Tensor | None, ...]:
     return torch.autograd.grad(image, leaves, u, allow_unused=True) if leaves else ()
-
-
-def _map_states(solution: Solution, transform: Callable[[Tensor], Tensor]) -> Solution:
-    """The same solution with its per-position tensors transformed."""
-    return replace(
-        solution,
-        z=transform(solution.z),
-        image=transform(solution.image),
-        position_num_steps=transform(solution.position_num_steps),
-        position_num_evaluations=transform(solution.position_num_evaluations),
-    )

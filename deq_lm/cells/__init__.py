@@ -4,6 +4,7 @@ from deq_lm.cells.base import BoundCell, Cell, CellConfig
 from deq_lm.cells.composed import ComposedCell
 from deq_lm.cells.memory import Memory, Past, ProjectedMemory
 from deq_lm.cells.module_cell import ModuleCell
+from deq_lm.cells.monotone import MonotoneCell, MonotoneConfig
 from deq_lm.cells.transformer_xl import TransformerXLCell, TransformerXLConfig
 
 __all__ = [
@@ -13,6 +14,8 @@ __all__ = [
     "ComposedCell",
     "Memory",
     "ModuleCell",
+    "MonotoneCell",
+    "MonotoneConfig",
     "Past",
     "ProjectedMemory",
     "TransformerXLCell",

@@ -22,7 +22,7 @@ UNLIMITED = 2**31 - 1
 class CellConfig:
     """What every cell's configuration says; a cell subclasses it and adds its own fields (plain data, with defaults).
 
-    The model reads these and `reads_input`, and no other:
+    The model reads these and the two properties, and no other:
 
     Attributes:
         d_model: width of the state and of the injected input.
@@ -54,6 +54,11 @@ class CellConfig:
     def reads_input(self) -> bool:
         """Whether f depends on x; an equilibrium of a map that does not would know nothing of the text."""
         return True
+
+    @property
+    def has_proximal_form(self) -> bool:
+        """Whether a bound cell offers its parts as `proximal_form`, which operator splittings need."""
+        return False
 
 
 @dataclass(frozen=True)
@@ -195,3 +200,28 @@ class Cell(nn.Module):
                 past = ProjectedMemory(past.project(self.project, f.weights), past.mask)
         assert isinstance(past, ProjectedMemory)
         return replace(past, weights=f.weights).extended(features, self.num_visible)
+
+
+def check_inputs(d_model: int, num_features: int, x: Tensor, memory: Past | None, key_mask: Tensor | None) -> None:
+    """Raises ValueError unless the arguments of `Cell.bind` belong together and to a cell of this width and projection."""
+    batch, length, width = x.shape
+    if width != d_model:
+        raise ValueError(f"x of shape {tuple(x.shape)}: expected (B, L, d_model), and d_model is {d_model}.")
+    if memory is not None:
+        expected = {"z": width, "x": width} if isinstance(memory, Memory) else {"features": num_features}
+        for name, size in expected.items():
+            shape = tuple(getattr(memory, name).shape)
+            if shape != (batch, memory.length, size):
+                raise ValueError(
+                    f"memory.{name} of shape {shape} with x of shape {tuple(x.shape)}: expected "
+                    f"{(batch, memory.length, size)}. Start with memory=None when the streams change."
+                )
+    for name, mask, positions in (
+        ("key_mask", key_mask, length),
+        ("memory.mask", memory and memory.mask, 0 if memory is None else memory.length),
+    ):
+        if mask is not None and (mask.shape != (batch, positions) or mask.dtype != torch.bool):
+            raise ValueError(
+                f"{name} of shape {tuple(mask.shape)}, {mask.dtype}: expected {(batch, positions)}, bool, one value a "
+                "position, False at padding. A key_mask is for x alone; memory brings its own mask."
+            )

@@ -14,8 +14,9 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
 
 from deq_lm.autocast import Autocast
-from deq_lm.cells.base import UNLIMITED, BoundCell, Cell, CellConfig
-from deq_lm.cells.memory import Memory, Past, ProjectedMemory
+from deq_lm.cells.attention_mask import attention_mask
+from deq_lm.cells.base import UNLIMITED, BoundCell, Cell, CellConfig, check_inputs
+from deq_lm.cells.memory import Past, ProjectedMemory
 from deq_lm.cells.relative_position import by_key, sinusoids
 from deq_lm.cells.variational_dropout import variational_mask
 
@@ -147,7 +148,7 @@ class TransformerXLCell(Cell):
     def bind(
         self, x: Tensor, memory: Past | None = None, key_mask: Tensor | None = None, *, sliding: bool = False
     ) -> BoundCell:
-        self._check(x, memory, key_mask)
+        check_inputs(self.config.d_model, 2 * self.config.d_model, x, memory, key_mask)
         num_keys = x.shape[1] + (0 if memory is None else memory.length)
         autocast = Autocast.current(x.device.type)
         window = min(self.num_visible + 1 if sliding else UNLIMITED, self.config.attention_window or UNLIMITED)
@@ -158,7 +159,7 @@ class TransformerXLCell(Cell):
         tensors = {name: tensor for name, tensor in weights.items() if name != "inject"}
         if sliding:
             tensors["distances"] = weights["distances"][..., -num_keys - 1 :]
-        tensors["mask"] = autocast.convert(_attention_mask(x, memory, key_mask, window))
+        tensors["mask"] = autocast.convert(attention_mask(x, memory, key_mask, window))
         if "inject" in weights:
             tensors["injection"] = F.linear(x, weights["inject"])  # (B, L, 3 D)
         if self.config.injects_into_residual:
@@ -216,31 +217,6 @@ class TransformerXLCell(Cell):
         return (
             _recomputed(self._evaluate, z, tensors) if self.config.recompute == "block" else self._evaluate(z, tensors)
         )
-
-    def _check(self, x: Tensor, memory: Past | None, key_mask: Tensor | None) -> None:
-        batch, length, width = x.shape
-        if width != self.config.d_model:
-            raise ValueError(
-                f"x of shape {tuple(x.shape)}: expected (B, L, d_model), and d_model is {self.config.d_model}."
-            )
-        if memory is not None:
-            expected = {"z": width, "x": width} if isinstance(memory, Memory) else {"features": 2 * width}
-            for name, size in expected.items():
-                shape = tuple(getattr(memory, name).shape)
-                if shape != (batch, memory.length, size):
-                    raise ValueError(
-                        f"memory.{name} of shape {shape} with x of shape {tuple(x.shape)}: expected "
-                        f"{(batch, memory.length, size)}. Start with memory=None when the streams change."
-                    )
-        for name, mask, positions in (
-            ("key_mask", key_mask, length),
-            ("memory.mask", memory and memory.mask, 0 if memory is None else memory.length),
-        ):
-            if mask is not None and (mask.shape != (batch, positions) or mask.dtype != torch.bool):
-                raise ValueError(
-                    f"{name} of shape {tuple(mask.shape)}, {mask.dtype}: expected {(batch, positions)}, bool, one value a "
-                    "position, False at padding. A key_mask is for x alone; memory brings its own mask."
-                )
 
     def _evaluate(self, z: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         pre = self.config.norm == "pre"
@@ -315,19 +291,3 @@ def _recomputed(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
 
 def _drop(x: Tensor, tensors: Mapping[str, Tensor], name: str) -> Tensor:
     return x * tensors[name] if name in tensors else x
-
-
-def _attention_mask(x: Tensor, memory: Past | None, key_mask: Tensor | None, window: int) -> Tensor:
-    """0 where a query may look and -inf elsewhere, (L, K) or (B, L, K); every query sees itself, so no row is empty."""
-    (batch, length), past = x.shape[:2], 0 if memory is None else memory.length
-    visible = torch.ones(length, past + length, dtype=torch.bool, device=x.device).tril(past)
-    visible = visible.triu(past - window + 1)
-    past_mask = None if memory is None else memory.mask
-    if key_mask is not None or past_mask is not None:
-        itself = torch.zeros_like(visible).diagonal_scatter(visible.new_ones(length), past)
-        present = [  # (B, M) and (B, L)
-            x.new_ones(batch, num, dtype=torch.bool) if mask is None else mask
-            for mask, num in ((past_mask, past), (key_mask, length))
-        ]
-        visible = (visible & torch.cat(present, dim=1)[:, None, :]) | itself
-    return torch.zeros(visible.shape, dtype=x.dtype, device=x.device).masked_fill(~visible, -math.inf)

@@ -9,9 +9,20 @@ from typing import Any
 from deq_lm.adjoints import Adjoint, Implicit, JacobianFree, Phantom, Reversed, Unrolled
 from deq_lm.cells.base import Cell, CellConfig
 from deq_lm.cells.composed import ComposedCell
+from deq_lm.cells.monotone import MonotoneCell, MonotoneConfig
 from deq_lm.cells.transformer_xl import TransformerXLCell, TransformerXLConfig
+from deq_lm.errors import ConfigError
 from deq_lm.heads import AdaptiveEmbeddingConfig, EmbeddingConfig, FullEmbeddingConfig
-from deq_lm.solvers import Anderson, Broyden, FixedPointSolver, Picard, Reversible, StoppingRule
+from deq_lm.solvers import (
+    Anderson,
+    Broyden,
+    FixedPointSolver,
+    ForwardBackward,
+    PeacemanRachford,
+    Picard,
+    Reversible,
+    StoppingRule,
+)
 from deq_lm.structure import build, choose, to_mapping
 
 SOLVERS: dict[str, type[FixedPointSolver]] = {
@@ -19,8 +30,13 @@ SOLVERS: dict[str, type[FixedPointSolver]] = {
     "anderson": Anderson,
     "picard": Picard,
     "reversible": Reversible,
+    "forward_backward": ForwardBackward,
+    "peaceman_rachford": PeacemanRachford,
 }
-CELLS: dict[str, tuple[type[CellConfig], type[Cell]]] = {"transformer_xl": (TransformerXLConfig, TransformerXLCell)}
+CELLS: dict[str, tuple[type[CellConfig], type[Cell]]] = {
+    "transformer_xl": (TransformerXLConfig, TransformerXLCell),
+    "monotone": (MonotoneConfig, MonotoneCell),
+}
 EMBEDDINGS: dict[str, type[EmbeddingConfig]] = {"full": FullEmbeddingConfig, "adaptive": AdaptiveEmbeddingConfig}
 
 
@@ -69,6 +85,20 @@ def build_cell(config: CellConfig) -> Cell:
     (kind,) = [cell for settings, cell in CELLS.values() if type(config) is settings]
     blocks = [kind(config) for _ in range(config.num_blocks)]
     return blocks[0] if len(blocks) == 1 else ComposedCell(config, blocks)
+
+
+def check_solvers(cell: CellConfig, solver: FixedPointSolver, adjoint: Adjoint) -> None:
+    """Raises ConfigError if a solver, the adjoint's included, takes f apart and the cell does not offer its parts."""
+    solvers = {"model.solver": solver}
+    if isinstance(adjoint, Implicit):
+        solvers["model.adjoint.solver"] = adjoint.solver
+    for where, each in solvers.items():
+        if each.needs_proximal_form and not cell.has_proximal_form:
+            raise ConfigError(
+                f"{where}: {type(each).__name__} with the cell {type(cell).__name__} of num_blocks={cell.num_blocks}: "
+                "expected a monotone cell of one block, f(z) = prox(W z + u). Take model.cell.name=monotone, or a solver "
+                "that needs no more of f than its values: broyden, anderson, picard."
+            )
 
 
 def build_embedding(mapping: Any, where: str) -> EmbeddingConfig:

@@ -19,6 +19,7 @@ from deq_lm.modeling.builders import (
     build_solver,
     build_stopping,
     cell_mapping,
+    check_solvers,
     embedding_mapping,
     solver_mapping,
 )
@@ -37,12 +38,13 @@ class ModelSettings:
         depth: "equilibrium" solves z = f(z); "unrolled" evaluates f `num_layers` times, with the same parameters; "stack"
             has `num_layers` cells, each with parameters of its own and evaluated once, as an ordinary transformer.
         num_layers: of the unrolled model or the stack; null for an equilibrium.
-        solver: {"name": "broyden" | "anderson" | "picard" | "reversible", ...}, forward.
+        solver: {"name": "broyden" | "anderson" | "picard" | "reversible" | "forward_backward" | "peaceman_rachford", ...},
+            forward. The last two are for the cell "monotone", here and in an implicit adjoint.
         stopping: forward, in training.
         evaluation_stopping: forward, in evaluation; null is `stopping`.
         adjoint: {"name": "implicit" | "jacobian_free" | "phantom" | "unrolled" | "reversible", ...}. "unrolled"
-            backpropagates through the steps of the solver, which has to be "picard" or "reversible"; "reversible" runs a
-            "reversible" one backwards.
+            backpropagates through the steps of the solver, which has to be "picard", "reversible" or one of the last two;
+            "reversible" runs a "reversible" one backwards.
 
     Only an equilibrium has a solve: the last four have no effect on the others, and warn if they are not the defaults.
     """
@@ -134,6 +136,7 @@ class DEQLMConfig(PreTrainedConfig):
         if self.depth != "equilibrium":
             self._warn_of_settings_of_a_solve()
         else:
+            check_solvers(cell, solver, adjoint)
             try:
                 adjoint.check(solver)
             except ValueError as error:

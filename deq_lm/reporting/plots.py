@@ -254,6 +254,28 @@ def own_memory(measurements: Measurements, name: str, results: Iterable[Evaluati
     return min(rows, key=lambda row: (row.num_evaluations < own, abs(row.num_evaluations - own), not row.regularized))
 
 
+def curves(
+    lines: Mapping[str, Sequence[tuple[float, float]]],
+    *,
+    x: str,
+    y: str,
+    marks: Mapping[str, float] | None = None,
+    log: bool = False,
+) -> Figure:
+    """Lines by name, points (x, y), of what is no `Measurements`; `marks` are vertical lines, `log` is of both axes."""
+    figure, (axes,) = _figure(1)
+    for i, (name, points) in enumerate(lines.items()):
+        axes.plot(*zip(*points, strict=True), color=COLORS[i % len(COLORS)], marker="o", markersize=3, label=name)
+    for name, place in (marks or {}).items():
+        axes.axvline(place, color="gray", linewidth=0.8, linestyle="--", label=name)
+    if log:
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+    _axes(axes, x, y)
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
 PLOTS: Mapping[str, tuple[Callable[[Measurements], Figure | None], str]] = {
     "memory_against_depth": (
         memory_against_depth,

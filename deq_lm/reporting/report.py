@@ -6,7 +6,7 @@ import html
 import io
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -89,6 +89,19 @@ def write_markdown(
         write_text(path, to_markdown(title, [section for section in sections if section.text or section.tables]))
     except OSError as error:
         raise DataError(f"{path}: cannot be written ({error.strerror}). Choose another --markdown.") from error
+
+
+def write_figure(draw: Callable[[], Figure], path: Path) -> None:
+    """Write one plot, drawn in the report's style, as SVG on white; the same input gives the same bytes.
+
+    Raises:
+        DataError: `path` cannot be written.
+    """
+    try:
+        with mpl.rc_context(cast(Any, _PLAIN)):
+            write_text(path, _svg(draw(), inline=False))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written ({error.strerror}).") from error
 
 
 def _write(sections: list[Section], output: Path, title: str) -> list[Section]:

@@ -38,10 +38,12 @@ class FixedPointSolver(ABC):
     Attributes:
         scope: what its coefficients look at, and what the stopping rule judges as one; see `deq_lm.solvers.scope`.
         differentiable: whether its steps can be recorded by autograd.
+        needs_proximal_form: whether it takes f apart (`deq_lm.solvers.proximal_form`), and so is for monotone cells alone.
     """
 
     scope: Scope
     differentiable: ClassVar[bool] = False
+    needs_proximal_form: ClassVar[bool] = False
 
     def init(self, f: FixedPointMap, z0: Tensor) -> SolverState:
         """Evaluate f at the start."""

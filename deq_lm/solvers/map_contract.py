@@ -25,6 +25,11 @@ class CheckedMap:
         self._autocast = Autocast.current(device_type)
         self._last: weakref.ref[Tensor] | None = None
 
+    @property
+    def unchecked(self) -> FixedPointMap:
+        """f itself, for a solver that needs more of it than its values."""
+        return self._f
+
     def __call__(self, z: Tensor) -> Tensor:
         last = None if self._last is None else self._last()
         watched = [tensor for tensor in (z, last) if tensor is not None and not tensor.is_inference()]

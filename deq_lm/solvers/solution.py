@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -68,3 +68,8 @@ class Solution:
     def converged(self) -> Tensor:
         """(B,) bool."""
         return self.outcome == Outcome.CONVERGED
+
+    def reversed_in_time(self) -> Solution:
+        """The same, with its positions in the opposite order."""
+        flipped = ("z", "image", "position_num_steps", "position_num_evaluations")
+        return replace(self, **{name: getattr(self, name).flip(1) for name in flipped})

@@ -8,11 +8,22 @@ from functools import partial
 
 import pytest
 import torch
+from dense_form import DenseForm
 from problems import causal_matrix
 from torch import Tensor
 
 from deq_lm.adjoints import Implicit, JacobianFree, Phantom, Unrolled
-from deq_lm.solvers import Anderson, Broyden, Outcome, Picard, Solution, StoppingRule, solve
+from deq_lm.solvers import (
+    Anderson,
+    Broyden,
+    ForwardBackward,
+    Outcome,
+    PeacemanRachford,
+    Picard,
+    Solution,
+    StoppingRule,
+    solve,
+)
 
 TIGHT = StoppingRule(max_steps=500, rtol=1e-13, patience=40)
 EXACT = partial(solve, solver=Broyden(), stopping=TIGHT)
@@ -37,6 +48,11 @@ class AffineThen:
     def __call__(self, z: Tensor) -> Tensor:
         return self.activation((z.flatten(1) @ self.matrix.T).view_as(z) + self.x)
 
+    @property
+    def proximal_form(self) -> DenseForm:
+        """Of a matrix whose norm is below 1; of the activation at step 1 alone, which is all an adjoint asks for."""
+        return DenseForm(self.matrix.detach(), self.x.detach(), lambda v, step: self.activation(v))
+
 
 def make(activation: Callable[[Tensor], Tensor] = torch.tanh, spectral_norm: float = 0.8) -> AffineThen:
     matrix = causal_matrix(LENGTH, WIDTH, seed=0)
@@ -57,7 +73,7 @@ def cotangent() -> Tensor:
 
 IMPLICIT = [
     Implicit(solver=solver(scope=scope), stopping=TIGHT)
-    for solver in (Broyden, Anderson, Picard)
+    for solver in (Broyden, Anderson, Picard, ForwardBackward, PeacemanRachford)
     for scope in ("prefix", "sequence")
 ]
 every_implicit = pytest.mark.parametrize(

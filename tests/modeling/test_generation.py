@@ -25,6 +25,13 @@ def stack() -> DEQLMForCausalLM:
     return DEQLMForCausalLM(config).double().eval()
 
 
+def monotone() -> DEQLMForCausalLM:
+    torch.manual_seed(0)
+    cell = {"name": "monotone", "d_model": 16, "num_heads": 2, "num_taps": 3, "mem_len": MEM_LEN, "init_std": 0.3}
+    rule = {"max_steps": 200, "rtol": 1e-12, "patience": 30}
+    return DEQLMForCausalLM(DEQLMConfig(vocab_size=VOCABULARY, cell=cell, stopping=rule)).double().eval()
+
+
 MODELS = {
     "equilibrium": make,
     "pre_norm": lambda: make(cell={"norm": "pre", "weight_norm": True, "norm_attention": True}),
@@ -34,6 +41,7 @@ MODELS = {
     "without_memory": lambda: make(cell={"mem_len": 0}),
     "sequence_scope": lambda: make(solver={"name": "broyden", "scope": "sequence"}),
     "stack": stack,
+    "monotone": monotone,
 }
 
 
