@@ -29,7 +29,7 @@ Those tests that are in this file try the faulty design as well, in a few lines,
     tests/solvers/test_peer_faults.py::test_the_backward_pass_knows_nothing_of_what_happened_since_the_forward_pass
     tests/solvers/test_peer_faults.py::test_the_backward_pass_evaluates_in_the_precision_of_the_forward_pass
     tests/solvers/test_peer_faults.py::test_weights_written_to_between_the_passes_are_an_error
-    tests/cells/test_transformer_xl.py::test_a_bound_cell_reads_the_inputs_it_is_given_and_nothing_else
+    tests/cells/test_contract.py::test_a_bound_cell_reads_the_inputs_it_is_given_and_nothing_else
     tests/modeling/test_model.py::test_dropout_is_one_mask_a_solve_so_that_the_solve_converges_and_backward_repeats
     tests/modeling/test_model.py::test_mixed_precision_trains_and_is_left_before_backward
     tests/adjoints/test_reversible.py::test_the_dropout_mask_is_one_for_both_directions

@@ -81,6 +81,11 @@ def train(recipe: Recipe, *, resume: bool, killed_after: str | None = None) -> N
             assert killed_after is not None
 
 
+def wait_for_all() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
 def cut_and_resume(folder: Path) -> None:
     """The uninterrupted run, and for each place another one that was cut there; in each of the processes."""
     whole = recipe_in(folder, "whole")
@@ -88,18 +93,17 @@ def cut_and_resume(folder: Path) -> None:
     for place, step in KEPT.items():
         cut = recipe_in(folder, place)
         output = Path(cut.training.output_dir)
-        if torch.distributed.is_initialized():
-            torch.distributed.barrier()
+        wait_for_all()
         if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
             shutil.copytree(whole.training.output_dir, output)
             for path in (output / "checkpoints").iterdir():
                 if int(path.name[5:]) > step:
                     shutil.rmtree(path)
-        if torch.distributed.is_initialized():
-            torch.distributed.barrier()
+        wait_for_all()
         train(cut, resume=True)
     for place in KILLED:
         train(recipe_in(folder, place), resume=False, killed_after=place)
+        wait_for_all()  # the first process still has the folder locked
         train(recipe_in(folder, place), resume=True)
 
 
