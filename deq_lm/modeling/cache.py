@@ -73,10 +73,12 @@ class PastLayer(CacheLayerMixin):
         """Take back the newest tokens, as many as -`tokens_to_remove` says.
 
         Raises:
-            ValueError: where tokens have left the window, which would have to come back.
+            ValueError: for a positive number; where tokens have left the window, which would have to come back.
         """
         number = -tokens_to_remove
-        if number <= 0:
+        if number < 0:
+            raise ValueError(f"crop({tokens_to_remove}): expected 0 or less, minus the number of tokens to take back.")
+        if number == 0:
             return
         if self.memory is None or self.memory.length < self.num_tokens:
             raise ValueError(

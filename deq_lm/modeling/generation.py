@@ -34,6 +34,13 @@ class EquilibriumGenerationMixin(GenerationMixin):
                     f"input_ids have {int(outside[0])}: expected ids from 0 to {self.config.vocab_size - 1}, the model's "
                     "vocabulary. Take the tokenizer that was saved with it."
                 )
+            cache, mask = options.get("past_key_values"), options.get("attention_mask")
+            whole_text = mask is None or mask.shape[1] == ids.shape[1]  # otherwise these are the new tokens only
+            if isinstance(cache, EquilibriumCache) and whole_text and 0 < ids.shape[1] <= cache.get_seq_length():
+                raise ValueError(
+                    f"input_ids of {ids.shape[1]} tokens with past_key_values that have seen {cache.get_seq_length()}: "
+                    "expected the text of the cache and at least one token more. Begin another text with a new cache."
+                )
         return super().generate(inputs, *arguments, **options)  # pyright: ignore[reportAttributeAccessIssue]
 
     def prepare_inputs_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]

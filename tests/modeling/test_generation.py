@@ -293,5 +293,11 @@ def test_what_cannot_be_continued_is_refused_and_says_what_to_do(prompts: Tensor
         memory = model(prompts).memory
         with pytest.raises(ValueError, match=r"memory or past_key_values.*not both"):
             model(prompts, memory=memory, past_key_values=cache)
+        with pytest.raises(
+            ValueError, match=r"input_ids of 5 tokens with past_key_values that have seen 5.*a new cache"
+        ):
+            model.generate(prompts, past_key_values=cache, **PLAIN)
+        with pytest.raises(ValueError, match=r"crop\(2\): expected 0 or less"):
+            cache.crop(2)
         with pytest.raises(ValueError, match="memory of 3 sequences"):
             model(prompts[:2], past_key_values=cache)
