@@ -29,7 +29,7 @@ report: $(READY) ## eval/report, ABLATIONS.md and the numbers of README.md, from
 	    --markdown eval/results/ABLATIONS.md --title "What the equilibrium's loss depends on"
 	$(BIN)/python scripts/fill_readme.py
 
-test: $(READY) lint   ## the default test suite (2 cores: under 5 minutes)
+test: $(READY) lint   ## the default test suite (2 cores: under 10 minutes)
 	$(BIN)/python -m pytest -n 2
 
 test-slow: $(READY)   ## the minutes-long tests
