@@ -8,7 +8,7 @@ RUN    := runs/demo_cpu_$(shell date +%Y%m%d_%H%M%S)
 COMPARED := eval/results/compare_wikipedia eval/results/peak_memory_published.json
 
 .DEFAULT_GOAL := help
-.PHONY: help demo report test test-slow lint audit clean
+.PHONY: help demo report test test-oldest test-slow lint audit clean
 
 help:            ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -32,6 +32,13 @@ report: $(READY) ## eval/report, ABLATIONS.md and the numbers of README.md, from
 test: $(READY) lint   ## the default test suite (2 cores: under 10 minutes)
 	$(BIN)/python -m pytest -n 2
 
+test-oldest:   ## the model, on the oldest supported transformers, in an environment of its own
+	$(PYTHON) -m venv $(VENV)-oldest
+	grep -v '^transformers==' constraints.txt > $(VENV)-oldest/constraints.txt
+	$(VENV)-oldest/bin/python -m pip install --quiet --disable-pip-version-check \
+	    -c $(VENV)-oldest/constraints.txt -e '.[dev]' "$$(grep -o 'transformers>=[0-9.]*' pyproject.toml | sed 's/>=/==/')"
+	$(VENV)-oldest/bin/python -m pytest -n 2 tests/modeling tests/evaluation/test_generate_script.py
+
 test-slow: $(READY)   ## the minutes-long tests
 	$(BIN)/python -m pytest -m slow
 
@@ -47,4 +54,4 @@ audit: $(READY)  ## known vulnerabilities of the dependencies, and risky code (n
 	$(BIN)/pip-audit --skip-editable
 
 clean:           ## remove the environment and what runs wrote
-	rm -rf $(VENV) runs cache
+	rm -rf $(VENV) $(VENV)-oldest runs cache

@@ -54,15 +54,12 @@ def _write(arguments: argparse.Namespace) -> int:
     from deq_lm.errors import CheckpointError, DataError, in_one_line
     from deq_lm.evaluation import Decoding, load_model, model_folder, printable, write_text
 
-    counts: list[int] = []
     most = 1
 
     def show(text: str, num_evaluations: int | None) -> None:
         text = printable(text)
-        if num_evaluations is not None:
-            counts.append(num_evaluations)
-            if arguments.show_compute:
-                text = _coloured(text, num_evaluations / most) if sys.stdout.isatty() else f"{text}[{num_evaluations}]"
+        if arguments.show_compute and num_evaluations is not None:
+            text = _coloured(text, num_evaluations / most) if sys.stdout.isatty() else _numbered(text, num_evaluations)
         print(text, end="", flush=True)
 
     try:
@@ -73,6 +70,7 @@ def _write(arguments: argparse.Namespace) -> int:
             top_p=arguments.top_p,
             max_evaluations=arguments.max_evaluations,
             stop_at_end=not arguments.past_end,
+            seed=arguments.seed,
         )
         model, tokenizer = load_model(model_folder(arguments.run))
         if arguments.show_compute and model.config.depth != "equilibrium":
@@ -82,15 +80,25 @@ def _write(arguments: argparse.Namespace) -> int:
         if torch.cuda.is_available():
             model.cuda()  # pyright: ignore[reportCallIssue]  (the library wraps it)
         print(printable(arguments.prompt), end="", flush=True)
-        write_text(model, tokenizer, arguments.prompt, decoding, seed=arguments.seed, on_text=show)
+        sample = write_text(model, tokenizer, arguments.prompt, decoding, on_text=show)
     except (CheckpointError, DataError, OSError, ValueError) as error:
         print(f"generate: {in_one_line(str(error))}", file=sys.stderr)
         return 2
     print()
-    if arguments.show_compute:
-        mean = sum(counts) / len(counts) if counts else 0.0
-        print(f"evaluations a token: mean {mean:.1f}, most {max(counts, default=0)}, of {most}", file=sys.stderr)
+    if arguments.show_compute and sample.num_evaluations:
+        counts = sample.num_evaluations
+        mean = sum(counts) / len(counts)
+        print(
+            f"evaluations a token: mean {mean:.1f}, most {max(counts)}, of {most}, in {len(counts)} tokens",
+            file=sys.stderr,
+        )
     return 0
+
+
+def _numbered(text: str, number: int) -> str:
+    """`text` with a number after it, on the line that it ends."""
+    line = text.rstrip("\n")
+    return f"{line}[{number}]{text[len(line) :]}"
 
 
 def _coloured(text: str, share: float) -> str:

@@ -23,7 +23,7 @@ from deq_lm.data.corpora import CORPUS_NAMES, PUBLISHED_VOCABULARY, PUBLISHED_WO
 from deq_lm.data.split_encoding import SplitCounts, encode_split
 from deq_lm.data.text_files import SPLITS, file_digest
 from deq_lm.data.token_file import TokenWriter, read_tokens
-from deq_lm.data.tokenizers import TOKENIZER_KINDS, load_tokenizer, train_tokenizer
+from deq_lm.data.tokenizers import TOKENIZER_KINDS, load_tokenizer, train_tokenizer, vocabulary_hash
 from deq_lm.errors import ConfigError, DataError
 from deq_lm.structure import build, nearest
 
@@ -281,7 +281,7 @@ def _fill(config: DataConfig, corpus: Corpus, folder: Path) -> None:
 
 def _fingerprint(tokenizer: PreTrainedTokenizerFast, digests: Iterable[bytes]) -> str:
     """sha256 of the vocabulary and, by their own, of the tokens of each split."""
-    fingerprint = hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
+    fingerprint = vocabulary_hash(tokenizer)
     for digest in digests:
         fingerprint.update(digest)
     return fingerprint.hexdigest()

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging as library_logging
 
-from deq_lm.data.tokenizers import load_tokenizer
+from deq_lm.data.tokenizers import load_tokenizer, vocabulary_hash
 from deq_lm.errors import CheckpointError
 from deq_lm.modeling import DEQLMConfig, DEQLMForCausalLM
 
@@ -71,14 +71,20 @@ def load_model(folder: Path) -> tuple[DEQLMForCausalLM, PreTrainedTokenizerFast]
     model, report = loaded
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[problem]:
-            first = min(map(str, report[problem]))
+            names = sorted(str(entry[0] if isinstance(entry, tuple) else entry) for entry in report[problem])
+            shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
             raise CheckpointError(
-                f"{folder}: config.json and model.safetensors do not belong together: {problem.replace('_', ' ')} such as "
-                f"{first}. Take another checkpoint."
+                f"{folder}: config.json and model.safetensors do not belong together: {problem.replace('_', ' ')} {shown}. "
+                "Take another checkpoint."
             )
     if len(tokenizer) != model.config.vocab_size:
         raise CheckpointError(
             f"{folder}: the tokenizer has {len(tokenizer)} entries and the model {model.config.vocab_size}; they do not "
             "belong together. Take another checkpoint."
+        )
+    if model.config.vocabulary_sha256 not in (None, vocabulary_hash(tokenizer).hexdigest()):
+        raise CheckpointError(
+            f"{folder}: the tokenizer has other entries than that of the model's training; they do not belong together. "
+            "Put the tokenizer that was saved with the model there, or take another checkpoint."
         )
     return model.eval(), tokenizer

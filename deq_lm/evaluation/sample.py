@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from tokenizers.decoders import DecodeStream
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 from transformers.generation.streamers import BaseStreamer
@@ -19,10 +20,16 @@ from deq_lm.modeling import DEQLMForCausalLM, EquilibriumCache
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt and its continuation, both as they are: `printable` makes them safe for a terminal."""
+    """A prompt and its continuation.
+
+    Attributes:
+        prompt, text: as they are; `printable` makes them safe for a terminal.
+        num_evaluations: of the solve that predicted each token of `text`; None where nothing is solved, or no cache kept.
+    """
 
     prompt: str
     text: str
+    num_evaluations: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +43,7 @@ class Decoding:
         top_p: only the most likely tokens that together have this probability, in (0, 1]; 1 is all.
         max_evaluations: compute of a token, in evaluations of the cell; None is the model's own.
         stop_at_end: end at an end-of-document token, instead of writing on after it.
+        seed: of the random numbers, 0 to 2^64 - 1.
 
     Raises:
         ValueError: if a value is out of range.
@@ -47,6 +55,7 @@ class Decoding:
     top_p: float = 1.0
     max_evaluations: int | None = None
     stop_at_end: bool = False
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if self.num_tokens < 1:
@@ -59,14 +68,16 @@ class Decoding:
             raise ValueError(f"top_p={self.top_p}: expected a probability in (0, 1]; 1 is all tokens.")
         if self.max_evaluations is not None and self.max_evaluations < 1:
             raise ValueError(f"max_evaluations={self.max_evaluations}: expected 1 or more.")
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed={self.seed}: expected 0 to 2^64 - 1.")
 
 
 def sample_text(
     model: DEQLMForCausalLM, tokenizer: PreTrainedTokenizerFast, config: EvaluationConfig, *, seed: int = 0
 ) -> Sample:
     """Continue `config.sample_prompt` by `config.sample_tokens` tokens drawn from the model."""
-    decoding = Decoding(num_tokens=config.sample_tokens, temperature=config.sample_temperature)
-    return write_text(model, tokenizer, config.sample_prompt, decoding, seed=seed)
+    decoding = Decoding(num_tokens=config.sample_tokens, temperature=config.sample_temperature, seed=seed)
+    return write_text(model, tokenizer, config.sample_prompt, decoding)
 
 
 def write_text(
@@ -75,7 +86,6 @@ def write_text(
     prompt: str,
     decoding: Decoding,
     *,
-    seed: int = 0,
     on_text: Callable[[str, int | None], None] | None = None,
 ) -> Sample:
     """Continue `prompt`, at the start of a document.
@@ -85,9 +95,8 @@ def write_text(
         tokenizer: its own.
         prompt: may be empty.
         decoding: how tokens are chosen.
-        seed: of the random numbers.
-        on_text: told each piece of text as soon as it is there, and the evaluations of the solve that predicted it (None
-            where nothing is solved, or no cache kept).
+        on_text: told each piece of text as soon as it is there, and the evaluations of the solve that predicted its last
+            token (None as in `Sample`).
     """
     (ids,) = encode_documents(tokenizer, [prompt])
     device = device_of(model)
@@ -104,7 +113,7 @@ def write_text(
         pad_token_id=tokenizer.eos_token_id,
     )
     options = {"past_key_values": cache, "max_evaluations": decoding.max_evaluations}
-    with measuring(model), seeded(seed, device):
+    with measuring(model), seeded(decoding.seed, device):
         made = model.generate(
             context,
             attention_mask=torch.ones_like(context),
@@ -112,7 +121,10 @@ def write_text(
             streamer=None if on_text is None else _Streamer(tokenizer, context.shape[1], cache, on_text),
             **{name: value for name, value in options.items() if value is not None},
         )
-    return Sample(prompt, str(tokenizer.decode(made[0, context.shape[1] :])))
+    counts = None if cache is None else cache.num_evaluations
+    if counts is not None:
+        counts = tuple(counts[0, context.shape[1] - 1 :].tolist())  # a position predicts the token after it
+    return Sample(prompt, str(tokenizer.decode(made[0, context.shape[1] :])), counts)
 
 
 class _Streamer(BaseStreamer):
@@ -127,8 +139,9 @@ class _Streamer(BaseStreamer):
     ) -> None:
         self._tokenizer, self._cache, self._on_text = tokenizer, cache, on_text
         self._awaited = prompt_length  # the library puts the prompt first
+        self._decoder = DecodeStream([], False)
         self._ids: list[int] = []
-        self._given = ""
+        self._num_given = 0  # characters
 
     def put(self, value: Tensor) -> None:
         ids = value.flatten().tolist()
@@ -136,16 +149,14 @@ class _Streamer(BaseStreamer):
         self._awaited -= len(prompt)
         for token in new:
             self._ids.append(token)
-            text = str(self._tokenizer.decode(self._ids))
-            if not text.endswith("\N{REPLACEMENT CHARACTER}"):
-                self._give(text)
+            self._give(self._decoder.step(self._tokenizer.backend_tokenizer, token))
 
     def end(self) -> None:
-        self._give(str(self._tokenizer.decode(self._ids)))
+        self._give(str(self._tokenizer.decode(self._ids))[self._num_given :])  # part of a character, at the end
 
-    def _give(self, text: str) -> None:
-        piece, self._given = text[len(self._given) :], text
+    def _give(self, piece: str | None) -> None:
         if piece:
+            self._num_given += len(piece)
             counts = None if self._cache is None else self._cache.num_evaluations
             self._on_text(piece, None if counts is None else int(counts[0, -1]))
 

@@ -23,7 +23,7 @@ class PastLayer(CacheLayerMixin):
         memory: what the next tokens attend to; None before the first.
         start: where the next solve begins, (B, 1, D): at f(z*) of the last position, if it is to warm-start; else None.
         num_evaluations: of f, by position of the whole text, (B, T) int32; None likewise.
-        num_tokens: positions seen, those that have left the window included.
+        ids: the text, (B, T) int64, those that have left the window included; None likewise.
     """
 
     is_sliding = True
@@ -40,10 +40,10 @@ class PastLayer(CacheLayerMixin):
         self.memory: ProjectedMemory | None = None
         self.start: Tensor | None = None
         self.num_evaluations: Tensor | None = None
-        self.num_tokens = 0
+        self.ids: Tensor | None = None
 
     def get_seq_length(self) -> int:
-        return self.num_tokens
+        return 0 if self.ids is None else self.ids.shape[1]
 
     def get_max_length(self) -> int:
         return -1
@@ -52,7 +52,7 @@ class PastLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         past = 0 if self.memory is None else self.memory.length
-        return past + query_length, self.num_tokens - past
+        return past + query_length, self.get_seq_length() - past
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
@@ -66,8 +66,9 @@ class PastLayer(CacheLayerMixin):
         if self.memory is not None:
             indices = indices.to(self.memory.features.device)
             self.memory = self.memory.select(indices)
-            self.start = None if self.start is None else self.start[indices]
-            self.num_evaluations = None if self.num_evaluations is None else self.num_evaluations[indices]
+            for name in ("ids", "start", "num_evaluations"):
+                kept = getattr(self, name)
+                setattr(self, name, None if kept is None else kept[indices])
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the newest tokens, as many as -`tokens_to_remove` says.
@@ -80,21 +81,21 @@ class PastLayer(CacheLayerMixin):
             raise ValueError(f"crop({tokens_to_remove}): expected 0 or less, minus the number of tokens to take back.")
         if number == 0:
             return
-        if self.memory is None or self.memory.length < self.num_tokens:
+        if self.memory is None or self.ids is None or self.memory.length < self.get_seq_length():
             raise ValueError(
                 f"crop({tokens_to_remove}): positions before the window are not kept and cannot come back into it. Decode "
                 "without an assistant, or keep text and continuation within the model's mem_len."
             )
         self.memory = self.memory.without_newest(number)
-        self.num_tokens -= number
+        self.ids = self.ids[:, :-number]
         self.start = None  # of a token that is gone
         if self.num_evaluations is not None:
             self.num_evaluations = self.num_evaluations[:, :-number]
 
-    def append(self, segment: SegmentOutput) -> None:
-        """Take what a forward pass over new tokens has given."""
+    def append(self, input_ids: Tensor, segment: SegmentOutput) -> None:
+        """Take new tokens, (B, L) int64, and what a forward pass over them has given."""
         self.memory = segment.past
-        self.num_tokens += segment.output.shape[1]
+        self.ids = input_ids if self.ids is None else torch.cat([self.ids, input_ids], dim=1)
         if segment.solution is not None:
             if self.warm_start:
                 self.start = segment.output[:, -1:].detach()
@@ -134,6 +135,19 @@ class EquilibriumCache(Cache):
     def num_evaluations(self) -> Tensor | None:
         """Evaluations of the cell that each position took, (B, T) int32; None before the first or without a solve."""
         return self.layer.num_evaluations
+
+    def check_text(self, input_ids: Tensor) -> None:
+        """Raises ValueError unless the text of the cache goes on in `input_ids`, (B, T) int64, which begin with it."""
+        seen = self.layer.ids
+        if seen is None:
+            return
+        length = seen.shape[1]
+        begins = input_ids[:, :length].to(seen.device)
+        if input_ids.shape[1] <= length or len(input_ids) != len(seen) or (begins != seen).any():
+            raise ValueError(
+                f"input_ids of shape {tuple(input_ids.shape)} with past_key_values that have seen {length} tokens of "
+                f"{len(seen)} sequences: expected those and at least one more. Begin another text with a new cache."
+            )
 
 
 def check_cache(cache: Any, depth: str) -> None:

@@ -63,9 +63,11 @@ class ModelSettings:
 class DEQLMConfig(PreTrainedConfig):
     """Configuration of `DEQLMForCausalLM`. Sections are plain mappings, resolved here to all their values.
 
-    Attributes: `vocab_size`, those of `ModelSettings`, and `n_ctx`: how many positions attention has seen in training,
-    memory included; None is not known. Distances are relative, so it is no limit, but tools that cut text into windows ask
-    for it by this name. (That of `max_position_embeddings` makes `generate` advise against longer text.)
+    Attributes: `vocab_size`, those of `ModelSettings`, and two that are None where they are not known. `vocabulary_sha256`
+    is of the tokenizer in training (`deq_lm.data.tokenizers.vocabulary_hash`); no other is accepted beside the model.
+    `n_ctx` is how many positions attention has seen in training, memory included. Distances are relative, so it is no
+    limit, but tools that cut text into windows ask for it by this name. (That of `max_position_embeddings` makes `generate`
+    advise against longer text.)
 
     Raises:
         ConfigError: naming the place and the nearest valid key.
@@ -95,6 +97,7 @@ class DEQLMConfig(PreTrainedConfig):
     adjoint: dict | None = None
     tie_word_embeddings: bool = True
     n_ctx: int | None = None
+    vocabulary_sha256: str | None = None
     num_hidden_layers: int = 1
     use_cache: bool | None = None
     bos_token_id: int | None = None

@@ -9,7 +9,7 @@ from transformers import GenerationMixin
 
 from deq_lm.cells.memory import Past
 from deq_lm.modeling.cache import EquilibriumCache
-from deq_lm.modeling.inputs import check_inputs
+from deq_lm.modeling.inputs import check_inputs, unknown_id
 
 
 class EquilibriumGenerationMixin(GenerationMixin):
@@ -23,24 +23,17 @@ class EquilibriumGenerationMixin(GenerationMixin):
         `use_cache=False` solves the whole text anew for every token, and is all that an unrolled model can.
 
         Raises:
-            ValueError: for an empty prompt, ids outside the vocabulary, or a cache that the model does not write.
+            ValueError: for an empty prompt, ids outside the vocabulary, or a cache of another text or kind.
         """
         ids = options.get("input_ids") if inputs is None else inputs
         if ids is not None:
             check_inputs(ids, None, None)
-            outside = ids[(ids < 0) | (ids >= self.config.vocab_size)]
-            if len(outside):
-                raise ValueError(
-                    f"input_ids have {int(outside[0])}: expected ids from 0 to {self.config.vocab_size - 1}, the model's "
-                    "vocabulary. Take the tokenizer that was saved with it."
-                )
+            if ((ids < 0) | (ids >= self.config.vocab_size)).any():
+                raise unknown_id(ids, self.config.vocab_size)
             cache, mask = options.get("past_key_values"), options.get("attention_mask")
             whole_text = mask is None or mask.shape[1] == ids.shape[1]  # otherwise these are the new tokens only
-            if isinstance(cache, EquilibriumCache) and whole_text and 0 < ids.shape[1] <= cache.get_seq_length():
-                raise ValueError(
-                    f"input_ids of {ids.shape[1]} tokens with past_key_values that have seen {cache.get_seq_length()}: "
-                    "expected the text of the cache and at least one token more. Begin another text with a new cache."
-                )
+            if isinstance(cache, EquilibriumCache) and whole_text:
+                cache.check_text(ids)
         return super().generate(inputs, *arguments, **options)  # pyright: ignore[reportAttributeAccessIssue]
 
     def prepare_inputs_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]

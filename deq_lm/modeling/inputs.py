@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from deq_lm.cells.memory import Past
 
 
+def unknown_id(input_ids: Tensor, vocab_size: int) -> ValueError:
+    """The error that names the first id outside the vocabulary, of which there is one."""
+    outside = input_ids[(input_ids < 0) | (input_ids >= vocab_size)]
+    return ValueError(
+        f"input_ids have {int(outside[0])}: expected ids from 0 to {vocab_size - 1}, the model's vocabulary. Take the "
+        "tokenizer that was saved with it."
+    )
+
+
 def check_inputs(input_ids: Tensor, attention_mask: Tensor | None, memory: Past | None) -> None:
+    if not isinstance(input_ids, Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
+        given = f"a tensor of {input_ids.dtype}" if isinstance(input_ids, Tensor) else f"a {type(input_ids).__name__}"
+        raise ValueError(
+            f"input_ids are {given}: expected a tensor of torch.int64; make one by torch.tensor(ids)[None]."
+        )
     shape = tuple(input_ids.shape)
     if input_ids.dim() != 2 or shape[1] == 0:
         raise ValueError(

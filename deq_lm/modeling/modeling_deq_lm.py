@@ -28,7 +28,7 @@ from deq_lm.modeling.builders import (
 from deq_lm.modeling.cache import EquilibriumCache, check_cache
 from deq_lm.modeling.configuration_deq_lm import DEQLMConfig
 from deq_lm.modeling.generation import EquilibriumGenerationMixin
-from deq_lm.modeling.inputs import check_inputs
+from deq_lm.modeling.inputs import check_inputs, unknown_id
 from deq_lm.solvers import Solution, StoppingRule
 from deq_lm.stack import Stack
 
@@ -217,7 +217,10 @@ class DEQLMModel(DEQLMPreTrainedModel):
             raise ValueError(
                 "estimate_jacobian after compile_cell: PyTorch cannot differentiate compiled code twice. Do without either."
             )
-        x = self.embed_tokens(input_ids) * self.config.d_model**0.5  # (B, L, D)
+        try:
+            x = self.embed_tokens(input_ids) * self.config.d_model**0.5  # (B, L, D)
+        except IndexError as error:  # on a GPU it is the device that complains
+            raise unknown_id(input_ids, self.config.vocab_size) from error
         key_mask = None if attention_mask is None else attention_mask.bool()
         segment = self.layers(
             x,
@@ -237,7 +240,7 @@ class DEQLMModel(DEQLMPreTrainedModel):
                 past=segment.past and segment.past.mark_padding(key_mask),
             )
         if past_key_values is not None:
-            past_key_values.layer.append(segment)
+            past_key_values.layer.append(input_ids, segment)
         return DEQLMOutput(
             past_key_values=past_key_values,
             hidden_states=(x, segment.output) if output_hidden_states else None,
@@ -251,10 +254,10 @@ class DEQLMModel(DEQLMPreTrainedModel):
         """The rule with `max_evaluations`, where it is given."""
         if max_evaluations is None:
             return stopping
-        if max_evaluations < 1 or self.config.depth != "equilibrium":
+        if not isinstance(max_evaluations, int) or max_evaluations < 1 or self.config.depth != "equilibrium":
             raise ValueError(
-                f"max_evaluations={max_evaluations} with depth={self.config.depth}: expected 1 or more evaluations of the "
-                "cell, in a model that solves for an equilibrium. Leave it out for the model's own number."
+                f"max_evaluations={max_evaluations!r} with depth={self.config.depth}: expected 1 or more evaluations of "
+                "the cell, in a model that solves for an equilibrium. Leave it out for the model's own number."
             )
         assert isinstance(self.layers, Equilibrium)
         return replace(stopping or self.layers.current_stopping, max_steps=max_evaluations - 1)

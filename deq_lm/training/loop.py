@@ -20,6 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from deq_lm.data.encoding import EncodedCorpus, prepare
 from deq_lm.data.streams import ContiguousStreams
+from deq_lm.data.tokenizers import vocabulary_hash
 from deq_lm.errors import CheckpointError, ConfigError
 from deq_lm.evaluation import PerplexityResult, evaluate, evaluate_perplexity, render, write_record
 from deq_lm.evaluation.contraction import largest_spectral_radius
@@ -108,6 +109,7 @@ def _train(recipe: Recipe, resume: bool, held: ExitStack) -> int | None:
     tokenizer: Any = corpus.tokenizer
     config = build_config(recipe.model, len(tokenizer), eos_token_id=tokenizer.eos_token_id)
     config.n_ctx = settings.segment_length + config.mem_len
+    config.vocabulary_sha256 = vocabulary_hash(tokenizer).hexdigest()
     model = DEQLMForCausalLM(config)
     set_seed(recipe.seed, device_specific=True)
     optimizer = make_optimizer(model, settings.optimizer)

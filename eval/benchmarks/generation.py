@@ -46,10 +46,10 @@ def cost_by_length(model: DEQLMForCausalLM, ids: Tensor, rounds: int, device: to
         text, new = ids[:1, :length], ids[:1, length : length + 1]
         model(text, past_key_values=cache, return_logits=False)
         layer = cache.layer
-        before = (layer.memory, layer.num_evaluations, layer.num_tokens)
+        before = (layer.memory, layer.num_evaluations, layer.ids)
 
         def cached(layer: Any = layer, before: Any = before, cache: Any = cache, new: Tensor = new) -> None:
-            layer.memory, layer.num_evaluations, layer.num_tokens = before
+            layer.memory, layer.num_evaluations, layer.ids = before
             model(new, past_key_values=cache, logits_to_keep=1)
 
         def anew(text: Tensor = ids[:1, : length + 1]) -> None:

@@ -7,10 +7,13 @@ import runpy
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import GPT2Config
 
 from deq_lm.evaluation import EvaluationResult, read_record
@@ -118,6 +121,22 @@ def other_model(run: Path) -> Path:
     return run
 
 
+def with_tensors(run: Path, change: Callable[[dict[str, Tensor]], object]) -> Path:
+    path = run / "final" / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, {"format": "pt"})
+    return run
+
+
+def without_a_tensor(run: Path) -> Path:
+    return with_tensors(run, lambda tensors: tensors.pop("model.layers.cell.merge.weight"))
+
+
+def with_a_tensor_more(run: Path) -> Path:
+    return with_tensors(run, lambda tensors: tensors.update({"model.layers.cell.gate": torch.zeros(2)}))
+
+
 def other_kind(run: Path) -> Path:
     GPT2Config().save_pretrained(run / "final")
     return run
@@ -148,7 +167,9 @@ def no_tokenizer(run: Path) -> Path:
         (no_recipe, "--recipe"),
         (truncated, "cannot be loaded"),
         (altered, "differs from its size or SHA-256"),
-        (other_model, "mismatched keys such as"),
+        (other_model, "mismatched keys model.layers.cell."),
+        (without_a_tensor, "missing keys model.layers.cell.merge.weight."),
+        (with_a_tensor_more, "unexpected keys model.layers.cell.gate."),
         (other_kind, "of type gpt2, not deq_lm"),
         (other_vocabulary, "tokenizer has"),
         (missing_weights, "no model.safetensors"),

@@ -47,6 +47,8 @@ def test_the_pieces_are_the_text_and_come_with_the_evaluations_that_predicted_th
     assert all(1 <= number <= 3 for _, number in pieces)
     assert len(pieces) > 10
     assert write_text(model, tokenizer, "é漢", decoding) == sample
+    assert len(sample.num_evaluations) == 40
+    assert set(sample.num_evaluations) >= {number for _, number in pieces}
 
 
 def test_a_character_of_several_tokens_is_one_piece(finished: Path):
@@ -64,6 +66,11 @@ def test_a_character_of_several_tokens_is_one_piece(finished: Path):
     sample = write_text(model, tokenizer, "", decoding, on_text=lambda text, _: pieces.append(text))
     assert sample.text == "漢é"
     assert pieces == ["漢", "é"]
+    logits = iter(torch.nn.functional.one_hot(torch.tensor(wanted), len(tokenizer)).float())
+    pieces.clear()
+    decoding = Decoding(num_tokens=len(wanted) - 1, temperature=0.0)
+    sample = write_text(model, tokenizer, "", decoding, on_text=lambda text, _: pieces.append(text))
+    assert "".join(pieces) == sample.text == "漢\N{REPLACEMENT CHARACTER}"  # half a character is shown at the end
 
 
 def test_compute_is_shown_by_numbers_or_in_a_terminal_by_colours(monkeypatch, capsys, finished: Path):
@@ -74,7 +81,8 @@ def test_compute_is_shown_by_numbers_or_in_a_terminal_by_colours(monkeypatch, ca
     assert set(numbers) <= {"1", "2"}
     assert len(numbers) > 2
     assert "evaluations a token: mean" in shown.err
-    assert "most 2, of 2" in shown.err
+    assert "most 2, of 2, in 8 tokens" in shown.err
+    assert "\n[" not in shown.out
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     assert call(monkeypatch, *arguments) == 0
     coloured = capsys.readouterr().out
@@ -96,11 +104,13 @@ def test_control_characters_of_a_text_do_not_reach_the_terminal(monkeypatch, cap
         (["--num-tokens", "0"], "num_tokens=0: expected 1 or more"),
         (["--max-evaluations", "0"], "max_evaluations=0: expected 1 or more"),
         (["--top-k", "-1"], "top_k=-1: expected 0"),
+        (["--seed", "-1"], "seed=-1: expected 0 to"),
     ],
 )
 def test_impossible_settings_are_refused_in_one_line(monkeypatch, capsys, finished: Path, arguments, message: str):
     assert call(monkeypatch, finished, "a", *arguments) == 2
-    error = capsys.readouterr().err
+    written, error = capsys.readouterr()
+    assert written == ""
     assert message in error
     assert error.startswith("generate: ")
     assert error.count("\n") == 1
@@ -113,7 +123,18 @@ def test_what_is_no_model_or_has_another_tokenizer_is_refused_in_one_line(
     shutil.copytree(finished / "final", other)
     config = json.loads((other / "config.json").read_text())
     DEQLMForCausalLM(DEQLMConfig(**{**config, "vocab_size": config["vocab_size"] + 1})).save_pretrained(other)
-    for place, message in ((tmp_path / "nowhere", "no such folder"), (other, "the tokenizer has")):
+    as_large = tmp_path / "as_large"
+    shutil.copytree(finished / "final", as_large)
+    tokenizer = json.loads((as_large / "tokenizer.json").read_text())
+    entries = tokenizer["model"]["vocab"]
+    first, second = (entry for entry in list(entries)[-2:])
+    entries[first], entries[second] = entries[second], entries[first]
+    (as_large / "tokenizer.json").write_text(json.dumps(tokenizer))
+    for place, message in (
+        (tmp_path / "nowhere", "no such folder"),
+        (other, "the tokenizer has"),
+        (as_large, "the tokenizer has other entries than that of the model's training"),
+    ):
         assert call(monkeypatch, place, "a") == 2
         error = capsys.readouterr().err
         assert message in error

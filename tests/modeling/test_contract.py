@@ -96,7 +96,12 @@ def test_in_half_precision_it_loads_computes_and_generates_with_a_state_in_float
     assert output.logits.dtype == torch.float32
     assert output.loss.item() == pytest.approx(expected.loss.item(), rel=tolerance)
     assert torch.dist(output.logits, expected.logits) < tolerance * expected.logits.norm()
-    assert model.generate(ids[:, :4], max_new_tokens=9, pad_token_id=0).shape == (3, 13)
+    writing = {"max_new_tokens": 9, "pad_token_id": 0, "return_dict_in_generate": True, "output_logits": True}
+    made = model.generate(ids[:, :4], **writing)
+    assert made.sequences.shape == (3, 13)
+    with torch.no_grad():  # what it wrote by, token by token, is what the exact model would have
+        expected = exact(made.sequences[:, :-1], sliding=True).logits[:, 3:]
+    assert torch.dist(torch.stack(made.logits, dim=1), expected) < tolerance * expected.norm()
 
 
 def test_it_is_placed_by_the_library(saved: Path, ids: Tensor):
@@ -187,7 +192,17 @@ def test_it_writes_in_the_librarys_text_generation_pipeline(finished: Path, prom
         assert answer["generated_text"] == text
 
 
-def test_vocabulary_and_ids_are_checked_against_each_other(ids: Tensor):
-    model = make()
-    with pytest.raises(IndexError):
-        model(ids + VOCABULARY)
+@pytest.mark.parametrize("embedding", [{"name": "full"}, {"name": "adaptive", "cutoffs": [8, 16], "div_val": 2}])
+def test_ids_outside_the_vocabulary_are_refused_by_name(ids: Tensor, embedding: dict):
+    model = make(embedding=embedding)
+    for wrong in (VOCABULARY, -1):
+        ids[1, 2] = wrong
+        with pytest.raises(ValueError, match=f"input_ids have {wrong}: expected ids from 0 to {VOCABULARY - 1}"):
+            model(ids)
+
+
+@pytest.mark.parametrize(("wrong", "given"), [([[1, 2]], "a list"), (torch.ones(1, 2), "a tensor of torch.float32")])
+def test_ids_of_another_type_are_refused_by_name(wrong, given: str):
+    for call in (make(), make().generate):
+        with pytest.raises(ValueError, match=f"input_ids are {given}: expected a tensor of torch.int64"):
+            call(wrong)

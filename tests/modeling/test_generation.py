@@ -187,6 +187,8 @@ def test_max_evaluations_is_the_compute_a_token_may_take(prompts: Tensor):
     assert torch.equal(model.generate(prompts, max_evaluations=200, **PLAIN), free)
     with pytest.raises(ValueError, match=r"max_evaluations=0.*1 or more"):
         model.generate(prompts, max_evaluations=0, **PLAIN)
+    with pytest.raises(ValueError, match=r"max_evaluations=2\.5 with depth=equilibrium: expected 1 or more"):
+        make()(prompts, max_evaluations=2.5)
     with pytest.raises(ValueError, match="max_evaluations=4 with depth=stack"):
         stack().generate(prompts, max_evaluations=4, **PLAIN)
     with torch.no_grad():
@@ -293,10 +295,11 @@ def test_what_cannot_be_continued_is_refused_and_says_what_to_do(prompts: Tensor
         memory = model(prompts).memory
         with pytest.raises(ValueError, match=r"memory or past_key_values.*not both"):
             model(prompts, memory=memory, past_key_values=cache)
-        with pytest.raises(
-            ValueError, match=r"input_ids of 5 tokens with past_key_values that have seen 5.*a new cache"
-        ):
-            model.generate(prompts, past_key_values=cache, **PLAIN)
+        another = torch.cat([prompts, prompts], dim=1)
+        another[1, 2] = (another[1, 2] + 1) % VOCABULARY
+        for text in (prompts, another, another[:2]):  # nothing new, one other token, fewer sequences
+            with pytest.raises(ValueError, match=r"that have seen 5 tokens of 3 sequences.*a new cache"):
+                model.generate(text, past_key_values=cache, **PLAIN)
         with pytest.raises(ValueError, match=r"crop\(2\): expected 0 or less"):
             cache.crop(2)
         with pytest.raises(ValueError, match="memory of 3 sequences"):

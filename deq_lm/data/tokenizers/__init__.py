@@ -5,6 +5,8 @@ All are `transformers.PreTrainedTokenizerFast`, so that `save_pretrained` puts t
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, get_args
@@ -74,6 +76,11 @@ def _for_generation(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFa
         if getattr(tokenizer, name) is None:
             setattr(tokenizer, name, tokenizer.eos_token)
     return tokenizer
+
+
+def vocabulary_hash(tokenizer: PreTrainedTokenizerFast) -> hashlib._Hash:
+    """The SHA-256 of the entries and their ids, that is, of which text an id stands for."""
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
 
 
 def encode_documents(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:
