@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Put the numbers of the committed results into README.md, where its comments say from which file."""
+"""Put the numbers of the committed results into README.md and eval/results/README.md, where comments name the files."""
 
 import argparse
 import sys
@@ -21,15 +21,15 @@ def main() -> int:
 
     # torch and transformers take seconds to import, which --help and a mistyped option need not wait for
     from deq_lm.errors import DataError
-    from deq_lm.reporting.readme import with_numbers
+    from deq_lm.reporting.readme import DOCUMENTS, with_numbers
 
-    readme = ROOT / "README.md"
     try:
-        text = with_numbers(readme.read_text("utf-8"), ROOT)
+        texts = {ROOT / name: with_numbers((ROOT / name).read_text("utf-8"), ROOT) for name in DOCUMENTS}
     except DataError as error:
         print(f"fill_readme: {error}", file=sys.stderr)
         return 2
-    readme.write_text(text, encoding="utf-8", newline="\n")
+    for path, text in texts.items():
+        path.write_text(text, encoding="utf-8", newline="\n")
     return 0
 
 

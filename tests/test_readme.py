@@ -9,7 +9,7 @@ import pytest
 from deq_lm.evaluation import EvaluationResult, read_record
 from deq_lm.modeling import builders
 from deq_lm.reporting import read_measurements, read_published, write_markdown, write_report
-from deq_lm.reporting.readme import TABLE, with_numbers
+from deq_lm.reporting.readme import DEMO, DOCUMENTS, TABLE, with_numbers
 from deq_lm.training.strict_yaml import read_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,10 +52,24 @@ def test_the_layers_it_draws_are_those_that_are_checked():
     assert drawn.splitlines()[1:] == re.findall(r'"(.+?)"', checked[1])
 
 
-def test_its_numbers_are_those_of_the_committed_results():
-    assert with_numbers(README, ROOT) == README
-    files = {file for file, _, _ in TABLE.findall(README)} | set(re.findall(r"<!-- demo: (\S+) -->", README))
+def test_the_numbers_are_those_of_the_committed_results():
+    texts = [(ROOT / name).read_text("utf-8") for name in DOCUMENTS]
+    assert [with_numbers(text, ROOT) for text in texts] == texts
+    files = {found[0] for text in texts for found in TABLE.findall(text) + DEMO.findall(text)}
     assert {f"eval/results/{name}.json" for name in ("solvers", "training_step", "robustness", "demo_cpu")} <= files
+
+
+@pytest.mark.parametrize("name", [*DOCUMENTS, "eval/README.md", "recipes/README.md"])
+def test_the_links_lead_to_files_and_headings_that_exist(name: str):
+    links = re.findall(r"\]\(([^)#]*)(#[^)]+)?\)", (ROOT / name).read_text("utf-8"))
+    for place, heading in links:
+        if not place.startswith("http"):
+            path = (ROOT / name).parent / place
+            assert path.exists(), place
+            text = (path / "README.md" if path.is_dir() else path).read_text("utf-8") if heading else ""
+            titles = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+            anchors = {"#" + re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+            assert not heading or heading in anchors, place + heading
 
 
 def test_a_number_that_was_typed_is_replaced():

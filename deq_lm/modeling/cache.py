@@ -118,7 +118,7 @@ class EquilibriumCache(Cache):
 
     Args:
         warm_start: begin every solve at f(z*) of the position before, instead of at zero as in training. Where it was
-            measured (eval/results/generation.json) it saves no evaluations, so that it is off.
+            measured (eval/results/generation.json) it saves next to nothing, so that it is off.
     """
 
     def __init__(self, *, warm_start: bool = False) -> None:

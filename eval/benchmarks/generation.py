@@ -2,7 +2,8 @@
 """What a generated token costs: with the cache and without, by where its solve starts, and with less compute.
 
 The text is the test split of the run's corpus, one token fed after the other, so that all rows see the same past. Times are
-of one sequence, float32; a position sees as many positions before it as the text has.
+of one sequence, float32; a position sees as many positions before it as the text has. A picture of it is written beside the
+tables, with a generated text.
 """
 
 from __future__ import annotations
@@ -15,19 +16,28 @@ from typing import Any
 
 import torch
 from cells import load_benchmark_model
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LinearSegmentedColormap, Normalize
+from matplotlib.figure import Figure
 from measure import benchmark_parser, interleaved_medians, run_benchmark
 from torch import Tensor
 
 from deq_lm.data.encoding import prepare
 from deq_lm.errors import DataError
+from deq_lm.evaluation import Decoding, load_model, model_folder, printable, write_text
 from deq_lm.evaluation.modes import remembering
 from deq_lm.evaluation.tables import markdown_table, write_json
 from deq_lm.modeling import DEQLMForCausalLM, EquilibriumCache
+from deq_lm.reporting.report import write_figure
 from deq_lm.training.recipe import load_recipe
 
 LENGTHS = (64, 128, 256, 512)
 FED = 256
 """Length of the texts of which three quarters are fed token by token."""
+PROMPT = "The function returns"
+COLUMNS, LINE, ADVANCE = 84, 13.0, 0.602
+"""Of the generated text in the picture: characters a line, its height in points, and a character's width in font sizes."""
 
 
 def text_of(run: Path, num_sequences: int, length: int, device: torch.device) -> Tensor:
@@ -106,8 +116,60 @@ def loss_by_compute(model: DEQLMForCausalLM, ids: Tensor) -> list[dict[str, Any]
     return rows
 
 
+def written(run: Path) -> list[tuple[str, int]]:
+    """Pieces of a generated text, each with the evaluations that predicted its last token."""
+    model, tokenizer = load_model(model_folder(run))
+    pieces = []
+    decoding = Decoding(num_tokens=110, temperature=0.7)
+    write_text(model, tokenizer, PROMPT, decoding, on_text=lambda text, count: pieces.append((text, count or 0)))
+    return pieces
+
+
+def picture(tables: dict[str, list[dict[str, Any]]], pieces: list[tuple[str, int]]) -> Figure:
+    """The text coloured by evaluations, above times by length and loss by compute."""
+    figure = Figure(figsize=(7.6, 5.4), layout="constrained")
+    counts = [count for _, count in pieces]
+    norm: Any = Normalize(min(counts), max(counts))
+    shades = LinearSegmentedColormap.from_list("few to many", ["#3b7dd8", "#8a63c9", "#d9402a"])
+    text = figure.add_subplot(2, 1, 1)
+    text.axis("off")
+    _write(text, pieces, lambda count: shades(float(norm(count))))
+    figure.colorbar(ScalarMappable(norm, shades), ax=text, label="evaluations", fraction=0.03, pad=0.01)
+    times, loss = figure.add_subplot(2, 2, 3), figure.add_subplot(2, 2, 4)
+    for column, label in (("whole text, ms", "whole text anew"), ("cached, ms", "cached")):
+        rows = tables["a token after so many"]
+        times.plot(
+            [row["tokens before"] for row in rows], [float(row[column]) for row in rows], marker="o", label=label
+        )
+    times.set(xlabel="tokens before", ylabel="ms a token", yscale="log")
+    times.set_xscale("log", base=2)
+    times.set_xticks(LENGTHS, [str(length) for length in LENGTHS])
+    times.legend(frameon=False)
+    rows = [row for row in tables["less compute"] if row["max_evaluations"] != "-"]
+    loss.plot([row["max_evaluations"] for row in rows], [float(row["nats per token"]) for row in rows], marker="o")
+    loss.set(xlabel="max_evaluations", ylabel="nats a token")
+    for axes in (times, loss):
+        axes.grid(alpha=0.25, linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _write(axes: Axes, pieces: list[tuple[str, int]], shade: Callable[[int], Any]) -> None:
+    """Characters of one width, line by line from the upper left corner."""
+    size, row, column = 8.5, 0, 0
+    for piece, count in [(PROMPT, 0), *pieces]:
+        for i, part in enumerate(printable(piece).split("\n")):
+            if i or column + len(part) > COLUMNS:
+                row, column = row + 1, 0
+            place = (column * ADVANCE * size, -(row + 1) * LINE)
+            color = shade(count) if count else "black"
+            style: dict[str, Any] = {"family": "monospace", "size": size, "color": color}
+            axes.annotate(part, (0, 1), place, "axes fraction", textcoords="offset points", **style)
+            column += len(part)
+
+
 def measure(arguments: argparse.Namespace) -> None:
-    """Measure all three, print and write the tables."""
+    """Measure all three, print and write the tables and the picture."""
     model = load_benchmark_model(arguments.model, arguments.device)
     ids = text_of(arguments.model, 4, max(LENGTHS) + 1, arguments.device)
     tables = {}
@@ -119,6 +181,7 @@ def measure(arguments: argparse.Namespace) -> None:
     for title, rows in tables.items():
         print(f"\n## {title}\n\n{markdown_table(rows)}", flush=True)
     write_json(arguments.output, {"tables": tables})
+    write_figure(lambda: picture(tables, written(arguments.model)), arguments.output.with_suffix(".svg"))
 
 
 def main() -> int:
