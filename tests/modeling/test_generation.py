@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from tiny_model import VOCABULARY, make
+from tiny_run import make_recipe
 from torch import Tensor
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
@@ -13,6 +16,7 @@ from deq_lm import DEQLMConfig, DEQLMForCausalLM
 from deq_lm.cells import TransformerXLCell
 from deq_lm.modeling import EquilibriumCache
 from deq_lm.solvers import StoppingRule
+from deq_lm.training import train
 
 PLAIN = {"max_new_tokens": 20, "pad_token_id": 0, "eos_token_id": VOCABULARY}  # no end: this id is never drawn
 MEM_LEN = 6
@@ -62,6 +66,36 @@ def test_with_and_without_cache_the_tokens_are_the_same_and_the_logits_within_th
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)  # the library makes them float32
     assert isinstance(cached.past_key_values, EquilibriumCache)
     assert anew.past_key_values is None
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> DEQLMForCausalLM:
+    """What training has made, in float64, with solves as exact as that allows."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        names = ("max_steps", "evaluate_every", "checkpoint_every", "schedule.decay_steps")
+        settings = [f"training.{name}=60" for name in names]
+        recipe = make_recipe(tmp_path_factory.mktemp("trained"), *settings)
+        assert train(recipe) is None
+    tight = {"evaluation_stopping": {"max_steps": 300, "rtol": 1e-12, "patience": 50}}
+    final = Path(recipe.training.output_dir, "final")
+    return DEQLMForCausalLM.from_pretrained(final, dtype=torch.float64, **tight).eval()
+
+
+def test_a_trained_model_writes_the_same_cached_or_not_in_a_batch_or_alone(trained: DEQLMForCausalLM):
+    mem_len, vocab_size = trained.config.mem_len, trained.config.vocab_size
+    length = 2 * mem_len + 3  # longer than memory
+    prompts = torch.randint(1, vocab_size, (3, length), generator=torch.Generator().manual_seed(6))
+    mask = torch.ones_like(prompts)
+    prompts[1, :mem_len], mask[1, :mem_len] = 0, 0
+    options = {"max_new_tokens": 3 * mem_len, "pad_token_id": 0, "eos_token_id": vocab_size}
+    cached, anew = (
+        trained.generate(prompts, attention_mask=mask, use_cache=use_cache, **options) for use_cache in (True, False)
+    )
+    assert torch.equal(cached, anew)
+    for row, begin in enumerate((0, mem_len, 0)):
+        alone = trained.generate(prompts[row : row + 1, begin:], **options)
+        assert torch.equal(cached[row, begin:], alone[0])
 
 
 @pytest.mark.parametrize("name", MODELS)
