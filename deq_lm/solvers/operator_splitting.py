@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from deq_lm._types import FixedPointMap, Scope
@@ -62,7 +63,7 @@ class Splitting(FixedPointSolver):
 
     def init(self, f: FixedPointMap, z0: Tensor) -> SplittingState:
         form = proximal_form(f)
-        step_size = self.best_step_size(form) if self.step_size is None else self.step_size
+        step_size = self._step_size(form)
         argument = form.affine(z0)
         image = form.prox(argument, 1.0)
         return SplittingState(z0, image, 1, form, argument, step_size, self._resolvent(form, step_size))
@@ -75,6 +76,37 @@ class Splitting(FixedPointSolver):
         argument = hold(active, argument, state.argument)
         image = state.form.prox(argument, 1.0)
         return SplittingState(point, image, state.num_evaluations + 1, state.form, argument, step_size, state.resolvent)
+
+    def certified_steps(self, form: ProximalForm, z0: Tensor, solution: Tensor, rtol: float) -> Tensor:
+        """Steps after which theory is sure that ||f(z) - z|| <= rtol ||f(z)||, (B,) of each sequence.
+
+        Where the distance from the solution z* is at most rate^k d after k steps, the residual is at most (1 + w) rate^k d
+        with w = 1 + L >= ||W||, and ||f(z)|| at least ||z*|| - w rate^k d.
+
+        Args:
+            form: f by its parts.
+            z0: the start, (B, L, ...).
+            solution: z*.
+            rtol: above 0.
+
+        Returns:
+            Whole numbers; inf where there is no bound, by the rate or because z* is 0.
+        """
+        step_size = self._step_size(form)
+        rate = self.rate(form, step_size)
+        distance = self._distance(form, z0, solution, step_size)
+        size, w = solution.flatten(1).norm(dim=1), 1 + form.lipschitz
+        if rate >= 1.0:
+            return torch.full_like(distance, torch.inf)
+        small_enough = rtol * size / (distance * (1 + w + rtol * w))
+        return (small_enough.log() / math.log(rate)).ceil().clamp(min=0)
+
+    def _step_size(self, form: ProximalForm) -> Tensor | float:
+        return self.best_step_size(form) if self.step_size is None else self.step_size
+
+    def _distance(self, form: ProximalForm, z0: Tensor, solution: Tensor, step_size: Tensor | float) -> Tensor:
+        """d, (B,): the distance from the solution is at most rate^k d after k steps."""
+        return (z0 - solution).flatten(1).norm(dim=1)
 
     @abstractmethod
     def best_step_size(self, form: ProximalForm) -> Tensor | float:
@@ -156,6 +188,10 @@ class PeacemanRachford(Splitting):
         """Of ||v - v*||."""
         m, lipschitz = step_size * form.margin, step_size * form.lipschitz
         return math.sqrt(float(1 - 4 * m / (1 + 2 * m + lipschitz**2)))
+
+    def _distance(self, form: ProximalForm, z0: Tensor, solution: Tensor, step_size: Tensor | float) -> Tensor:
+        v, v_star = (z + step_size * (z - form.affine(z)) for z in (z0, solution))
+        return super()._distance(form, v, v_star, step_size) / (1 + step_size * form.margin)
 
     def _resolvent(self, form: ProximalForm, step_size: Tensor | float) -> Callable[[Tensor], Tensor]:
         return form.resolvent(step_size)

@@ -24,6 +24,7 @@ from deq_lm.regularizers.jacobian import spectral_radius
 from deq_lm.solvers import FixedPointSolver, Solution, StoppingRule, solve
 from deq_lm.structure import to_mapping
 from deq_lm.suites.config import ConvergenceSettings
+from deq_lm.suites.guarantees import Guarantee, measure_guarantees
 from deq_lm.suites.subjects import Subject
 
 OTHER_START_SEED = 1
@@ -98,6 +99,7 @@ class ConvergenceResult(Record):
             sequences of ||f(z) - z|| / ||f(z)|| at that position alone; null where not finite.
         two_starts: whether two starts end in one equilibrium.
         contraction: at each checkpoint, rising; the last is of the final model.
+        guarantees: by splitting, of a cell that has them.
     """
 
     kind: ClassVar[str] = "convergence"
@@ -111,6 +113,7 @@ class ConvergenceResult(Record):
     position_residuals: tuple[tuple[float | None, ...], ...]
     two_starts: TwoStarts
     contraction: tuple[Contraction, ...]
+    guarantees: tuple[Guarantee, ...] = ()
 
 
 def measure_convergence(
@@ -150,6 +153,7 @@ def measure_convergence(
         position_residuals=tuple(position_residuals),
         two_starts=_two_starts(solves, StoppingRule.fixed(settings.num_evaluations[-1] - 1)),
         contraction=tuple(_over_training(subject, tokens, settings, device)),
+        guarantees=tuple(solves.guarantees()),
     )
 
 
@@ -186,6 +190,12 @@ class _Solves:
                 hidden = solution.image.to(zero.dtype)
                 nll, num_targets = self.model.lm_head.nll(hidden, targets, self.model.model.embed_tokens)
             yield _Solved(solution, nll.item(), int(num_targets))
+
+    def guarantees(self) -> Iterator[Guarantee]:
+        """What is proved of the cell, and measured of it to the tolerance of evaluation."""
+        with measuring(self.model):
+            bound = [(f, zero) for f, zero, _ in self.bound]
+            yield from measure_guarantees(bound, self.layers.evaluation_stopping.rtol)
 
 
 def _segments(tokens: np.ndarray, subject: Subject, num_segments: int) -> list[Segment]:

@@ -6,9 +6,8 @@ one way, delta at the ends of its range; no limit to A and B), widths 4 to 16, s
 memory, all activations. Each is solved by both splittings, each from a start of its own, of size 0.01 to 1,000. A and B are
 scaled down where L / m would be above LARGEST_CONDITION: forward-backward needs steps in its square.
 
-steps / bound: steps until ||f(z) - z|| <= 1e-6 ||f(z)|| over those after which theory is sure of it. Where the distance
-    from the solution is at most rate^k d, the residual is at most (1 + ||W||) rate^k d, and ||f(z)|| is at least
-    ||z*|| - ||W|| rate^k d.
+steps / bound: steps until ||f(z) - z|| <= 1e-6 ||f(z)|| over those after which theory is sure of it
+    (`Splitting.certified_steps`).
 apart: largest distance between the two methods' results, relative to their norm, or to that of u where they are zero.
 
 With --runs, also the share of converged solves over training, of run folders NAME=FOLDER.
@@ -18,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import random
 import statistics
 import sys
@@ -212,18 +210,9 @@ def steps_to_tolerance(solution: Solution) -> int:
 
 def bound(form: ProximalMap, solver: Splitting, z0: Tensor, z_star: Tensor) -> int:
     """Steps after which theory is sure that the relative residual is at most RTOL."""
-    step = solver.best_step_size(form)
-    rate = solver.rate(form, step)
-    if isinstance(solver, PeacemanRachford):
-        dual = [z + step * (z - form.affine(z)) for z in (z0, z_star)]
-        distance = float((dual[0] - dual[1]).norm()) / (1 + float(step) * form.margin)
-    else:
-        distance = float((z0 - z_star).norm())
-    size, norm_w = float(z_star.norm()), 1 + float(form.lipschitz)  # ||W|| <= 1 + ||I - W||
     if is_zero(form, z_star):  # no relative residual is ever small
         return MAX_STEPS
-    small_enough = RTOL * size / (distance * (1 + norm_w + RTOL * norm_w))
-    return max(0, math.ceil(math.log(small_enough) / math.log(rate)))
+    return int(solver.certified_steps(form, z0, z_star, RTOL))
 
 
 def is_zero(form: ProximalMap, z_star: Tensor) -> bool:

@@ -9,11 +9,12 @@ from types import ModuleType
 
 import pytest
 import torch
-from scripts_of_eval import load
+from scripts_of_eval import FOLDER, load
 
 
 @pytest.fixture
-def monotone() -> Iterator[ModuleType]:
+def monotone(monkeypatch) -> Iterator[ModuleType]:
+    monkeypatch.syspath_prepend(FOLDER / "benchmarks")  # where it imports its neighbours from
     yield load("benchmarks/monotone")
     del sys.modules["monotone"]
 

@@ -6,11 +6,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+import yaml
 
 from deq_lm.data.streams import ContiguousStreams
 from deq_lm.solvers import Broyden, StoppingRule
+from deq_lm.structure import build
+from deq_lm.suites import Subject
 from deq_lm.suites.config import ConvergenceSettings
 from deq_lm.suites.convergence import ConvergenceResult, measure_convergence
+from deq_lm.training import Recipe, train
+from deq_lm.training.run_folder import RunFolder
 
 CPU = torch.device("cpu")
 SETTINGS = ConvergenceSettings(num_evaluations=(1, 4, 60), num_segments=2)
@@ -102,6 +107,29 @@ def test_the_jacobian_is_measured_at_every_checkpoint_and_at_the_end(subjects, r
     assert result.contraction[-1].max_spectral_radius == pytest.approx(max(radii), rel=0.05)
     norms = result.contraction[-1].jacobian_norm
     assert 0 < norms < 2
+
+
+def test_a_cell_without_guarantees_has_none(result):
+    assert result.guarantees == ()
+
+
+def test_what_is_proved_of_a_monotone_cell_bounds_what_was_measured(recipes, tmp_path):
+    mapping = yaml.safe_load(recipes["equilibrium"].read_text("utf-8"))
+    mapping["model"]["cell"] = {"name": "monotone", "d_model": 16, "num_heads": 2, "mem_len": 8, "margin": 0.3}
+    mapping["model"]["evaluation_stopping"] = {"max_steps": 60, "rtol": 1e-4}
+    mapping["training"]["output_dir"] = str(tmp_path / "run")
+    recipe = build(Recipe, mapping)
+    assert train(recipe) is None
+    subject = Subject("monotone", recipe, RunFolder(tmp_path / "run"))
+    settings = replace(SETTINGS, solvers=(), checkpoints=False)
+    found = measure_convergence("tiny", subject, settings, CPU).guarantees
+    assert [guarantee.splitting for guarantee in found] == ["ForwardBackward", "PeacemanRachford"]
+    for guarantee in found:
+        assert 0.3 == guarantee.margin <= guarantee.measured_margin <= guarantee.lipschitz
+        assert 0 < guarantee.most_steps <= guarantee.certified_steps
+        assert 0 < guarantee.largest_share <= 1
+        assert guarantee.rtol == 1e-4
+    assert found[1].certified_steps < found[0].certified_steps
 
 
 def test_without_checkpoints_only_the_final_model_is_measured(subjects):
