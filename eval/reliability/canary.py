@@ -1,0 +1,214 @@
+#!/usr/bin/env python3
+"""Train on tokens that are drawn anew at every step: a model that beats chance on them sees what it predicts."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from deq_lm import DEQLMForCausalLM
+
+EPILOG = """examples:
+  python eval/reliability/canary.py --only picard --solver-steps 6 --seeds 0
+  python eval/reliability/canary.py --output canary.json
+
+Every solver, with prefix sums and with sums over whole sequences, under every way to differentiate it, at 4, 5, 6 and 8
+steps and with two seeds: hours on one core. Tokens are uniform, so that the loss of an honest model is ln V or more. A
+solver whose steps mix later tokens into earlier ones is found where training goes through them; not to be found proves
+nothing (the causality audit of eval/evaluate.py looks at the model itself). The file is written anew after each run.
+
+exit codes: 0 none is below chance by more than three standard errors; 1 one is; 2 a mistake in the call.
+"""
+
+VOCABULARY = 8
+LENGTH = 12
+FLOOR = math.log(VOCABULARY)
+NUM_STEPS = 1500
+BATCH_SIZE = 64
+SCORED = 4096
+"""Sequences of the evaluation, of LENGTH tokens each."""
+
+
+@dataclass(frozen=True)
+class Combination:
+    """A solver and how it is differentiated, as the configuration of a model has them."""
+
+    solver: dict[str, Any]
+    adjoint: dict[str, Any]
+
+    def __str__(self) -> str:
+        return f"{self.solver['name']} {self.solver['scope']}, {self.adjoint['name']}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """Attributes:
+    nats: mean loss of a token.
+    standard_error: of that mean, from the losses of whole sequences.
+    """
+
+    nats: float
+    standard_error: float
+
+    @property
+    def is_honest(self) -> bool:
+        """Whether it is not below chance, by more than three standard errors."""
+        return self.nats >= FLOOR - 3 * self.standard_error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome(Score):
+    """The score of a run, and which it was."""
+
+    solver: str
+    scope: str
+    adjoint: str
+    solver_steps: int
+    seed: int
+
+
+def combinations() -> Iterator[Combination]:
+    """All that a model may be configured with."""
+    from deq_lm.modeling.builders import ADJOINTS, SOLVERS, build_adjoint, build_solver
+
+    for name, kind in SOLVERS.items():
+        # Steps without coefficients are the same under both scopes.
+        for scope in ("prefix",) if kind.differentiable else ("prefix", "sequence"):
+            solver = {"name": name, "scope": scope}
+            for adjoint in ADJOINTS:
+                try:
+                    build_adjoint({"name": adjoint}, "adjoint").check(build_solver(solver, "solver"))
+                except ValueError:
+                    continue  # not offered
+                yield Combination(solver, {"name": adjoint})
+
+
+def make_model(combination: Combination, *, solver_steps: int, seed: int) -> DEQLMForCausalLM:
+    """A small model whose solves take exactly so many steps."""
+    import torch
+
+    from deq_lm import DEQLMConfig, DEQLMForCausalLM
+    from deq_lm.modeling.builders import SOLVERS
+
+    kind = SOLVERS[combination.solver["name"]]
+    cell: dict[str, Any] = {"d_model": 32, "num_heads": 4, "mem_len": 0, "init_std": 0.1}
+    cell |= {"name": "monotone"} if kind.needs_proximal_form else {"name": "transformer_xl", "d_inner": 64}
+    adjoint = dict(combination.adjoint)
+    if adjoint["name"] == "implicit":
+        adjoint["stopping"] = {"max_steps": 12, "rtol": 1e-2}
+    torch.manual_seed(seed)
+    config = DEQLMConfig(
+        vocab_size=VOCABULARY,
+        cell=cell,
+        solver=combination.solver,
+        stopping={"max_steps": solver_steps, "rtol": 0.0, "patience": None, "divergence_factor": None},
+        adjoint=adjoint,
+    )
+    return DEQLMForCausalLM(config)
+
+
+def train_and_score(model: DEQLMForCausalLM, *, num_steps: int, seed: int) -> Score:
+    """Train on drawn tokens, and measure on others."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(num_sequences: int) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens = torch.randint(VOCABULARY, (num_sequences, LENGTH + 1), generator=generator)
+        return tokens[:, :-1], tokens[:, 1:]
+
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    model.train()
+    for _ in range(num_steps):
+        inputs, targets = draw(BATCH_SIZE)
+        loss = model(inputs, targets=targets, return_logits=False).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    model.eval()
+    with torch.no_grad():
+        inputs, targets = draw(SCORED)
+        logits = model(inputs).logits.double()
+        nats = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+        of_sequences = nats.view(SCORED, LENGTH).mean(dim=1)
+    return Score(nats=of_sequences.mean().item(), standard_error=of_sequences.std().item() / SCORED**0.5)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="canary", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", metavar="TEXT", default="", help="combinations with this text in their names")
+    parser.add_argument(
+        "--solver-steps", type=int, nargs="+", default=[4, 5, 6, 8], help="of a solve; default: 4 5 6 8"
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="default: 0 1")
+    parser.add_argument("--steps", type=int, default=NUM_STEPS, help=f"of training; default: {NUM_STEPS:,}")
+    parser.add_argument("--output", type=Path, help="JSON file to write; default: none")
+    arguments = parser.parse_args()
+    if min(arguments.solver_steps) < 1 or arguments.steps < 1:
+        parser.error("--solver-steps and --steps: expected numbers of 1 or more")
+
+    import torch
+
+    from deq_lm.errors import DataError, in_one_line
+    from deq_lm.evaluation.records import Record, check_output, provenance, write_record
+
+    @dataclass(frozen=True, kw_only=True)
+    class CanaryResult(Record):
+        kind: ClassVar[str] = "canary"
+        floor_nats: float
+        training_steps: int
+        runs: list[Outcome]
+        below_chance: list[str]
+
+    chosen = [combination for combination in combinations() if arguments.only in str(combination)]
+    if not chosen:
+        parser.error(f"--only {arguments.only}: is in none of {'; '.join(map(str, combinations()))}")
+    if arguments.output is not None:
+        try:
+            check_output(arguments.output)
+        except (DataError, OSError) as error:
+            parser.error(in_one_line(str(error)))
+    torch.set_num_threads(1)
+    runs: list[Outcome] = []
+    below: list[str] = []
+    for seed, solver_steps, combination in (
+        (seed, solver_steps, combination)
+        for seed in arguments.seeds
+        for solver_steps in arguments.solver_steps
+        for combination in chosen
+    ):
+        model = make_model(combination, solver_steps=solver_steps, seed=seed)
+        score = train_and_score(model, num_steps=arguments.steps, seed=seed)
+        runs.append(
+            Outcome(
+                nats=score.nats,
+                standard_error=score.standard_error,
+                solver=combination.solver["name"],
+                scope=combination.solver["scope"],
+                adjoint=combination.adjoint["name"],
+                solver_steps=solver_steps,
+                seed=seed,
+            )
+        )
+        name = f"{combination}, {solver_steps} steps, seed {seed}"
+        below += [] if score.is_honest else [name]
+        verdict = "honest" if score.is_honest else "BELOW CHANCE"
+        print(f"{name}: {score.nats:.4f} +- {score.standard_error:.4f} (chance {FLOOR:.4f}) {verdict}", flush=True)
+        if arguments.output is not None:
+            result = CanaryResult(
+                **provenance(), floor_nats=FLOOR, training_steps=arguments.steps, runs=runs, below_chance=below
+            )
+            write_record(arguments.output, result)
+    return 1 if below else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
