@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import weakref
 
+import torch
 from torch import Tensor
 
 from deq_lm._types import FixedPointMap
 from deq_lm.autocast import Autocast
+from deq_lm.solvers.norms import spacing
 
 
 class CheckedMap:
@@ -23,12 +25,21 @@ class CheckedMap:
     def __init__(self, f: FixedPointMap, device_type: str) -> None:
         self._f = f
         self._autocast = Autocast.current(device_type)
+        self._image_dtype = torch.float64
         self._last: weakref.ref[Tensor] | None = None
 
     @property
     def unchecked(self) -> FixedPointMap:
         """f itself, for a solver that needs more of it than its values."""
         return self._f
+
+    @property
+    def spacing(self) -> float:
+        """Relative spacing of the numbers that f computes with: those of its image, of the dtype it says it computes in, or
+        of autocast, its own or the caller's, whichever is coarsest. Known after the first evaluation."""
+        autocast = getattr(self._f, "autocast", self._autocast)
+        dtypes = {self._image_dtype, getattr(self._f, "dtype", self._image_dtype)}
+        return max(map(spacing, dtypes | ({autocast.dtype} if autocast.enabled else set())))
 
     def __call__(self, z: Tensor) -> Tensor:
         last = None if self._last is None else self._last()
@@ -44,6 +55,7 @@ class CheckedMap:
             raise ValueError(
                 "f writes into its argument or into a tensor it returned before; return a new tensor from every call."
             )
+        self._image_dtype = image.dtype
         image = image.to(z.dtype)
         self._last = weakref.ref(image)
         return image

@@ -25,6 +25,11 @@ def relative(norm: Tensor, scale: Tensor) -> Tensor:
     return torch.where(norm == 0, torch.zeros_like(norm), norm / scale)
 
 
+def spacing(dtype: torch.dtype) -> float:
+    """Distance between neighbouring numbers of this dtype, relative to their size."""
+    return torch.finfo(dtype).eps
+
+
 def rounding(dtype: torch.dtype) -> float:
     """Relative size below which a difference of two vectors of this dtype is noise."""
-    return 8 * torch.finfo(dtype).eps
+    return 8 * spacing(dtype)

@@ -84,12 +84,12 @@ def solve(
 class _Run:
     """One solve under way."""
 
-    def __init__(self, f: FixedPointMap, solver: FixedPointSolver, stopping: StoppingRule, z0: Tensor) -> None:
+    def __init__(self, f: CheckedMap, solver: FixedPointSolver, stopping: StoppingRule, z0: Tensor) -> None:
         self.f, self.stopping = f, stopping
         self.scope: Scope = solver.scope
         self.state: SolverState = solver.init(f, z0)
         norm, image_norm = self._norms()
-        self.progress = stopping.begin(norm, image_norm, self.state.num_evaluations)
+        self.progress = stopping.begin(norm, image_norm, self.state.num_evaluations, f.spacing)
         self.best_point = self.state.point
         self.trace = [_last(norm, image_norm)]
         self.used_fallback = torch.zeros_like(self.progress.active)

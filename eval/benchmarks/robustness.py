@@ -93,8 +93,8 @@ class Record:
 class WatchedRule(StoppingRule):
     """A stopping rule that remembers how it judged the last state."""
 
-    def begin(self, norm: Tensor, image_norm: Tensor, num_evaluations: int) -> Progress:
-        return self._seen(super().begin(norm, image_norm, num_evaluations))
+    def begin(self, norm: Tensor, image_norm: Tensor, num_evaluations: int, spacing: float) -> Progress:
+        return self._seen(super().begin(norm, image_norm, num_evaluations, spacing))
 
     def advance(self, progress: Progress, norm: Tensor, image_norm: Tensor, num_evaluations: int) -> Progress:
         return self._seen(super().advance(progress, norm, image_norm, num_evaluations))
