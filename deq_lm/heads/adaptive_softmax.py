@@ -18,12 +18,14 @@ makes the host wait for the device once a cluster.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deq_lm.heads.adaptive_embedding import AdaptiveEmbedding
-from deq_lm.heads.base import Head, SelfInitialized
+from deq_lm.heads.base import Head, Reduction, SelfInitialized
 from deq_lm.heads.clusters import Clusters
 from deq_lm.heads.linear import token_nll
 
@@ -64,7 +66,13 @@ class AdaptiveSoftmax(Head, SelfInitialized):
                 nn.init.normal_(parameter, std=self.init_std)
 
     def nll(
-        self, hidden: Tensor, targets: Tensor, embedding: nn.Module, *, chunk_positions: int | None = None
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        embedding: nn.Module,
+        *,
+        reduction: Reduction = "sum",
+        chunk_positions: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """As `Head.nll`. The logits of more than `chunk_positions` positions never exist at once, see `token_nll`.
 
@@ -75,6 +83,7 @@ class AdaptiveSoftmax(Head, SelfInitialized):
             hidden: (B, L, D).
             targets: (B, L) int64; -100 is not scored.
             embedding: an `AdaptiveEmbedding` of the same clusters.
+            reduction: as of `Head.nll`.
             chunk_positions: positions per chunk, 1 or more; None takes as many as `token_nll` would of each cluster.
 
         Raises:
@@ -87,20 +96,21 @@ class AdaptiveSoftmax(Head, SelfInitialized):
         (weight, bias, projection), *tail_layers = self._layers(embedding)
 
         entry = torch.where(cluster > 0, self.clusters.sizes[0] + cluster - 1, flat_targets)
-        total, count = token_nll(_project(rows, projection), weight, entry, bias=bias, chunk_positions=chunk_positions)
+        settings: Any = {"chunk_positions": chunk_positions, "reduction": reduction}
+        nats, count = token_nll(_project(rows, projection), weight, entry, bias=bias, **settings)
         for positions, (weight, bias, projection), words in zip(
             tails, tail_layers, self.clusters.words[1:], strict=True
         ):
             # A tail without a target is computed, too, of no rows: its parameters get a gradient of 0, and not none.
-            nats, _ = token_nll(
+            tail_nats, _ = token_nll(
                 _project(rows.index_select(0, positions), projection),
                 weight,
                 flat_targets.index_select(0, positions) - words.start,
                 bias=bias,
-                chunk_positions=chunk_positions,
+                **settings,
             )
-            total = total + nats
-        return total, count
+            nats = nats + tail_nats if reduction == "sum" else nats.index_add(0, positions, tail_nats)
+        return nats if reduction == "sum" else nats.view_as(targets), count
 
     def logits(self, hidden: Tensor, embedding: nn.Module) -> Tensor:
         """log p of every word, (B, L, V), float32 at least; they sum to 1. Arguments as those of `nll`."""

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor, nn
+
+Reduction = Literal["sum", "none"]
+"""Of the nats of targets, named as in `torch.nn.functional.cross_entropy`."""
 
 
 class Head(nn.Module):
@@ -20,16 +23,19 @@ class Head(nn.Module):
     ties: ClassVar[Mapping[str, str]] = {}
 
     @abstractmethod
-    def nll(self, hidden: Tensor, targets: Tensor, embedding: nn.Module) -> tuple[Tensor, Tensor]:
-        """Sum of -log p(target) in nats over scored targets, and how many were scored.
+    def nll(
+        self, hidden: Tensor, targets: Tensor, embedding: nn.Module, *, reduction: Reduction = "sum"
+    ) -> tuple[Tensor, Tensor]:
+        """-log p(target) in nats, summed over scored targets, and how many were scored.
 
         Args:
             hidden: (B, L, D).
             targets: (B, L) int64; -100 is not scored.
             embedding: the input embedding, whose tables the head may share.
+            reduction: "none" leaves the nats of each target apart, with 0 where it is not scored.
 
         Returns:
-            The sum, 0-dim, float32 at least; the count, 0-dim int64.
+            The sum, 0-dim, or the nats, (B, L), float32 at least; the count, 0-dim int64.
         """
 
     @abstractmethod

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from deq_lm.heads.base import Head
+from deq_lm.heads.base import Head, Reduction
 
 IGNORED = -100
 """A target that is not scored."""
@@ -27,8 +27,10 @@ class LinearHead(nn.Linear, Head):
     def __init__(self, vocab_size: int, d_model: int) -> None:
         super().__init__(d_model, vocab_size, bias=False)
 
-    def nll(self, hidden: Tensor, targets: Tensor, embedding: nn.Module) -> tuple[Tensor, Tensor]:
-        return token_nll(hidden, self.weight, targets)
+    def nll(
+        self, hidden: Tensor, targets: Tensor, embedding: nn.Module, *, reduction: Reduction = "sum"
+    ) -> tuple[Tensor, Tensor]:
+        return token_nll(hidden, self.weight, targets, reduction=reduction)
 
     def logits(self, hidden: Tensor, embedding: nn.Module) -> Tensor:
         return self(hidden)
@@ -41,8 +43,9 @@ def token_nll(
     *,
     bias: Tensor | None = None,
     chunk_positions: int | None = None,
+    reduction: Reduction = "sum",
 ) -> tuple[Tensor, Tensor]:
-    """Sum of -log softmax(hidden weight^T + bias)[target] in nats over scored targets, and how many were scored.
+    """-log softmax(hidden weight^T + bias)[target] in nats, summed over scored targets, and how many were scored.
 
     The logits of more than `chunk_positions` positions never exist at once: the backward pass computes each chunk's anew.
 
@@ -52,9 +55,10 @@ def token_nll(
         targets: (B, L) or (N,) int64; -100 is not scored.
         bias: (V,), if there is one.
         chunk_positions: positions per chunk, 1 or more; None takes as many as have `MAX_LOGITS` logits.
+        reduction: "none" leaves the nats of each target apart, with 0 where it is not scored.
 
     Returns:
-        The sum, 0-dim, float32 at least; the count, 0-dim int64.
+        The sum, 0-dim, or the nats, of the shape of `targets`, float32 at least; the count, 0-dim int64.
 
     Raises:
         ValueError: if chunk_positions is below 1.
@@ -67,17 +71,20 @@ def token_nll(
         )
     rows, flat_targets = hidden.flatten(0, -2), targets.flatten()
     if len(rows) <= chunk_positions:
-        total = _chunk_nll(rows, weight, bias, flat_targets)
+        nats = _chunk_nll(rows, weight, bias, flat_targets, reduction)
     else:
-        sums = [  # nothing random inside, so no generator state to keep
-            checkpoint(_chunk_nll, chunk, weight, bias, target, use_reentrant=False, preserve_rng_state=False)
+        chunks = [  # nothing random inside, so no generator state to keep
+            checkpoint(
+                _chunk_nll, chunk, weight, bias, target, reduction, use_reentrant=False, preserve_rng_state=False
+            )
             for chunk, target in zip(rows.split(chunk_positions), flat_targets.split(chunk_positions), strict=True)
         ]
-        total = torch.stack(sums).sum()  # pyright: ignore[reportArgumentType]  (checkpoint returns what it is given)
-    return total, (targets != IGNORED).sum()
+        # checkpoint returns what it is given, which its types do not say
+        nats = torch.stack(chunks).sum() if reduction == "sum" else torch.cat(chunks)  # pyright: ignore[reportArgumentType]
+    return nats if reduction == "sum" else nats.view_as(targets), (targets != IGNORED).sum()
 
 
-def _chunk_nll(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+def _chunk_nll(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, reduction: Reduction) -> Tensor:
     logits = F.linear(hidden, weight, bias)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+    return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction=reduction)

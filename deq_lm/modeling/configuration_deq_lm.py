@@ -78,6 +78,7 @@ class DEQLMConfig(PreTrainedConfig):
     keys_to_ignore_at_inference = [  # noqa: RUF012  (all but loss and logits: a Trainer gathers these over its batches)
         "nll_nats",
         "num_targets",
+        "target_nats",
         "last_hidden_state",
         "hidden_states",
         "memory",

@@ -45,6 +45,7 @@ class DEQLMOutput(ModelOutput):
         last_hidden_state: f(z*), (B, L, D).
         nll_nats: the sum of nats that the loss is the mean of.
         num_targets: how many were scored, a 0-dim int64 tensor.
+        target_nats: of each target, 0 where it is not scored, (B, L), if asked for.
         memory: for the next segment.
         solution: facts of the forward solve; None from a stack, which has none.
         jacobian: squared Frobenius norm of df/dz at z* per entry, estimated and differentiable, if asked for.
@@ -57,6 +58,7 @@ class DEQLMOutput(ModelOutput):
     last_hidden_state: Tensor | None = None
     nll_nats: Tensor | None = None
     num_targets: Tensor | None = None
+    target_nats: Tensor | None = None
     memory: Memory | None = None
     solution: Solution | None = None
     jacobian: Tensor | None = None
@@ -307,6 +309,7 @@ class DEQLMForCausalLM(EquilibriumGenerationMixin, DEQLMPreTrainedModel):
         num_unrolled_steps: int | None = None,
         estimate_jacobian: bool = False,
         return_logits: bool = True,
+        return_target_nats: bool = False,
         logits_to_keep: int = 0,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
@@ -331,6 +334,7 @@ class DEQLMForCausalLM(EquilibriumGenerationMixin, DEQLMPreTrainedModel):
             num_unrolled_steps: plain evaluations to run and backpropagate through instead of the solve.
             estimate_jacobian: also give `DEQLMOutput.jacobian`, for a regularized loss.
             return_logits: False saves their memory; the loss is computed in chunks either way.
+            return_target_nats: also give `DEQLMOutput.target_nats`, of targets or labels.
             logits_to_keep: only the logits of this many last positions; 0 is all.
             output_hidden_states: also give `DEQLMOutput.hidden_states`.
             return_dict: False gives a tuple of what is not None.
@@ -345,7 +349,8 @@ class DEQLMForCausalLM(EquilibriumGenerationMixin, DEQLMPreTrainedModel):
             raise ValueError(
                 f"DEQLMForCausalLM got {', '.join(refused)}, which it does not support; it takes input_ids, "
                 "attention_mask, labels or targets, memory, past_key_values, use_cache, sliding, stopping, "
-                "max_evaluations, adjoint, num_unrolled_steps, return_logits, logits_to_keep, output_hidden_states."
+                "max_evaluations, adjoint, num_unrolled_steps, return_logits, return_target_nats, logits_to_keep, "
+                "output_hidden_states."
             )
         if use_cache and past_key_values is None:
             past_key_values = EquilibriumCache()
@@ -374,7 +379,11 @@ class DEQLMForCausalLM(EquilibriumGenerationMixin, DEQLMPreTrainedModel):
         )
         state, embedding, scores = hidden.last_hidden_state, self.model.embed_tokens, {}
         if targets is not None:
-            nll_nats, num_targets = self.lm_head.nll(state, targets, embedding)
+            reduction = "none" if return_target_nats else "sum"
+            nats, num_targets = self.lm_head.nll(state, targets, embedding, reduction=reduction)
+            nll_nats = nats.sum()
+            if return_target_nats:
+                scores["target_nats"] = nats
             loss = nll_nats / num_targets.clamp(min=1)
             scores |= {"loss": loss, "nll_nats": nll_nats, "num_targets": num_targets}
         if return_logits:
