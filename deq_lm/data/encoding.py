@@ -1,7 +1,8 @@
 """Text to token arrays on disk: one flat array a split, with its counts, made once and mapped into memory ever after.
 
-A prepared folder holds `tokenizer/`, `train.npy`, `valid.npy`, `test.npy` and `prepared.json` (counts, digests, settings).
-It is written aside and renamed, so that it is there completely or not at all, also where two processes make it at once.
+A prepared folder holds `tokenizer/`, `train.npy`, `valid.npy`, `test.npy`, the counts of the documents in each
+(`train_documents.npy` and so on), and `prepared.json` (counts, digests, settings). It is written aside and renamed, so that
+it is there completely or not at all, also where two processes make it at once.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from deq_lm.data.corpora import CORPUS_NAMES, PUBLISHED_VOCABULARY, PUBLISHED_WORDS, Corpus, load_corpus
+from deq_lm.data.documents import Documents, read_documents, write_documents
 from deq_lm.data.split_encoding import SplitCounts, encode_split
 from deq_lm.data.text_files import SPLITS, file_digest
 from deq_lm.data.token_file import TokenWriter, read_tokens
@@ -30,7 +32,7 @@ from deq_lm.structure import build, nearest
 logger = logging.getLogger(__name__)
 
 PREPARED = "prepared"
-_FORMAT = 1  # to be raised when the same text and settings would give other tokens
+_FORMAT = 2  # to be raised when the same text and settings would give other tokens, or other files
 _SUMMARY = "prepared.json"
 
 
@@ -78,12 +80,14 @@ class EncodedSplit:
         num_words: words of the original text as `str.split()` counts, and its lines where the corpus counts them.
         num_bytes: bytes of the UTF-8 of the text (after a byte order mark was dropped and CR LF became LF).
         num_unknown: targets that are the unknown token.
+        documents: what each document has of them; None if it is not known.
     """
 
     tokens: np.ndarray
     num_words: int
     num_bytes: int
     num_unknown: int = 0
+    documents: Documents | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -177,9 +181,10 @@ def load_prepared(folder: str | Path, *, expected: DataConfig | None = None) -> 
     if not _is_prepared(folder):
         raise DataError(f"{folder}: no {_SUMMARY} there. Make a prepared folder with scripts/prepare_data.py.")
     try:
-        summary = build(_Summary, json.loads((folder / _SUMMARY).read_text(encoding="utf-8")), _SUMMARY)
-        if summary.format != _FORMAT:
-            raise ValueError(f"format {summary.format}, not {_FORMAT}")
+        mapping = json.loads((folder / _SUMMARY).read_text(encoding="utf-8"))
+        if mapping["format"] != _FORMAT:
+            raise ValueError(f"format {mapping['format']}, and this deq_lm reads {_FORMAT}")
+        summary = build(_Summary, mapping, _SUMMARY)
         splits = {name: _read_split(folder, name, summary.splits[name]) for name in SPLITS}
         tokenizer = load_tokenizer(folder / "tokenizer")
         for name, split in splits.items():
@@ -227,7 +232,14 @@ def _is_prepared(folder: Path) -> bool:
 
 def _read_split(folder: Path, name: str, counts: SplitCounts) -> EncodedSplit:
     tokens = read_tokens(folder / f"{name}.npy", counts.num_tokens + 1)
-    return EncodedSplit(tokens, counts.num_words, counts.num_bytes, counts.num_unknown)
+    documents = read_documents(
+        folder / f"{name}_documents.npy",
+        counts.documents_fingerprint,
+        num_tokens=counts.num_tokens,
+        num_words=counts.num_words,
+        num_bytes=counts.num_bytes,
+    )
+    return EncodedSplit(tokens, counts.num_words, counts.num_bytes, counts.num_unknown, documents)
 
 
 def _cache_name(config: DataConfig, corpus: Corpus) -> str:
@@ -264,8 +276,9 @@ def _fill(config: DataConfig, corpus: Corpus, folder: Path) -> None:
     for name in SPLITS:
         documents = corpus.splits[name].documents
         with TokenWriter(folder / f"{name}.npy", vocab_size=len(tokenizer)) as writer:
-            counts = encode_split(documents, tokenizer, writer, lines_count_as_words=corpus.lines_count_as_words)
-        splits[name] = counts.to_mapping()
+            counts, found = encode_split(documents, tokenizer, writer, lines_count_as_words=corpus.lines_count_as_words)
+        write_documents(folder / f"{name}_documents.npy", found)
+        splits[name] = asdict(counts)
         digests.append(writer.digest)
         logger.info("encoded %s: %d tokens", name, counts.num_tokens)
     summary = {

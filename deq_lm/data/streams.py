@@ -26,11 +26,13 @@ class Segment:
         input_ids: (b, L) int64.
         targets: (b, L) int64, the token after each input; -100 where a stream has ended (evaluation only).
         is_start: whether the streams start here, so that memory of what came before must be dropped.
+        first_targets: which target of the text the first of each stream is, b numbers; the others follow it.
     """
 
     input_ids: Tensor
     targets: Tensor
     is_start: bool
+    first_targets: tuple[int, ...]
 
 
 class ContiguousStreams:
@@ -112,13 +114,13 @@ class ContiguousStreams:
         offset, length = self._segment * self._segment_length, self._segment_length
         input_ids = torch.zeros(len(self._bounds), length, dtype=torch.int64)  # (b, L)
         targets = torch.full_like(input_ids, IGNORED)  # (b, L)
-        for row, (start, end) in enumerate(self._bounds):
-            first = min(start + offset, end)
+        first_targets = tuple(min(start + offset, end) for start, end in self._bounds)
+        for row, (first, (_, end)) in enumerate(zip(first_targets, self._bounds, strict=True)):
             last = min(first + length, end)
             window = torch.from_numpy(self._tokens[first : last + 1].astype(np.int64))
             input_ids[row, : last - first] = window[:-1]
             targets[row, : last - first] = window[1:]
-        segment = Segment(input_ids, targets, is_start=self._segment == 0)
+        segment = Segment(input_ids, targets, self._segment == 0, first_targets)
         self._segment += 1
         if self._segment == self._num_segments:
             self._epoch, self._segment = self._epoch + 1, 0

@@ -11,15 +11,17 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
+from deq_lm.data.documents import Documents
 from deq_lm.data.encoding import EncodedCorpus
 from deq_lm.evaluation.causality import audit_causality
 from deq_lm.evaluation.compute_curve import compute_curve
 from deq_lm.evaluation.config import EvaluationConfig
+from deq_lm.evaluation.document_losses import DocumentLosses, sums_of_documents
 from deq_lm.evaluation.modes import device_of, measuring, remembering
 from deq_lm.evaluation.ngram import Bigram, Unigram
 from deq_lm.evaluation.no_op import check_no_op
 from deq_lm.evaluation.peak_memory import MemoryRow, memory_against_depth
-from deq_lm.evaluation.perplexity import evaluate_perplexity
+from deq_lm.evaluation.perplexity import PerplexityResult, evaluate_perplexity
 from deq_lm.evaluation.records import provenance
 from deq_lm.evaluation.results import EvaluationResult
 from deq_lm.evaluation.sample import sample_text
@@ -63,10 +65,11 @@ def evaluate(
 
     vocab_size = model.config.vocab_size
     train_tokens = corpus.splits["train"].tokens
-    baselines = {
-        name: replace(result.perplexity, nll_nats=kind.fit(train_tokens, vocab_size).nll_nats(measured.tokens))
+    ngrams = {
+        name: kind.fit(train_tokens, vocab_size).nll_nats(measured.tokens)
         for name, kind in (("unigram", Unigram), ("bigram", Bigram))
     }
+    baselines = {name: replace(result.perplexity, nll_nats=float(nats.sum())) for name, nats in ngrams.items()}
     with remembering(model, config.mem_len):
         is_equilibrium = model.config.depth == "equilibrium"
         memory, memory_shape = _memory(model, measured.tokens, config) if is_equilibrium else ((), None)
@@ -91,7 +94,24 @@ def evaluate(
             memory_shape=memory_shape,
             sample=sample_text(model, corpus.tokenizer, config, seed=seed) if config.sample_tokens else None,
             caveats=corpus.caveats,
+            documents=_documents(measured.documents, result, ngrams),
         )
+
+
+def _documents(
+    documents: Documents | None, result: PerplexityResult, ngrams: Mapping[str, np.ndarray]
+) -> DocumentLosses | None:
+    """The losses of each document, of the model and of n-gram models, whose nats are those of each target."""
+    if documents is None:
+        return None
+    found = {"model": result.document_nats} if result.perplexity.nll_nats is not None else {}
+    return DocumentLosses(
+        fingerprint=documents.fingerprint,
+        num_tokens=tuple(documents.num_tokens.tolist()),
+        num_words=tuple(documents.num_words.tolist()),
+        num_bytes=tuple(documents.num_bytes.tolist()),
+        nll_nats=found | {name: sums_of_documents(nats, documents.ends) for name, nats in ngrams.items()},
+    )
 
 
 def _memory(

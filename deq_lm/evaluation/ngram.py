@@ -38,9 +38,9 @@ class Unigram:
         """Count tokens[1:]; tokens[0] is context only. `tokens` is 1-D, of integers below `vocab_size`."""
         return cls(_discounted(np.bincount(tokens[1:], minlength=vocab_size)))
 
-    def nll_nats(self, tokens: np.ndarray) -> float:
-        """The sum of -log p over tokens[1:]."""
-        return -float(np.log(self.probabilities)[tokens[1:]].sum())
+    def nll_nats(self, tokens: np.ndarray) -> np.ndarray:
+        """-log p of each of tokens[1:]."""
+        return -np.log(self.probabilities)[tokens[1:]]
 
 
 @dataclass(frozen=True)
@@ -83,9 +83,9 @@ class Bigram:
         direct = np.where(self.pairs[places] == codes, self.discounted[places], 0.0)
         return direct + self.remainder[context] * self.continuation[word]
 
-    def nll_nats(self, tokens: np.ndarray) -> float:
-        """The sum of -log p over tokens[1:], each given the token before it."""
-        return -float(np.log(self.probabilities(tokens[:-1], tokens[1:])).sum())
+    def nll_nats(self, tokens: np.ndarray) -> np.ndarray:
+        """-log p of each of tokens[1:], given the token before it."""
+        return -np.log(self.probabilities(tokens[:-1], tokens[1:]))
 
 
 def _codes(tokens: np.ndarray, vocab_size: int) -> np.ndarray:

@@ -59,10 +59,17 @@ class Perplexity:
 
 @dataclass(frozen=True)
 class PerplexityResult:
-    """A model's perplexity, and the solves it was computed with; None for a model that has none."""
+    """What scoring a split gives.
+
+    Attributes:
+        perplexity: of the model.
+        solves: behind it; None for a model that has none.
+        document_nats: the sum over each document of the split; empty where they are not known or not scored entirely.
+    """
 
     perplexity: Perplexity
     solves: SolveStatistics | None
+    document_nats: tuple[float, ...] = ()
 
     def metrics(self) -> dict[str, float | int | None]:
         """The numbers by name, for a training log."""
@@ -102,7 +109,8 @@ def evaluate_perplexity(
         ConfigError: batch_size cannot be divided among the processes.
     """
     with remembering(model, config.mem_len):
-        loss = score_tokens(model, split.tokens, config, accelerator)
+        ends = None if split.documents is None else split.documents.ends
+        loss = score_tokens(model, split.tokens, config, accelerator, document_ends=ends)
     whole = loss.num_targets == split.num_tokens
     assert whole or config.max_segments is not None, f"scored {loss.num_targets} of {split.num_tokens} tokens"
     perplexity = Perplexity(
@@ -111,7 +119,7 @@ def evaluate_perplexity(
         num_words=split.num_words if whole else None,
         num_bytes=split.num_bytes if whole else None,
     )
-    return PerplexityResult(perplexity, loss.solves)
+    return PerplexityResult(perplexity, loss.solves, loss.document_nats if whole and ends is not None else ())
 
 
 def _exp(nats: float | None) -> float | None:

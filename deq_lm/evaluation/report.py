@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 import textwrap
 from collections.abc import Sequence
 
 from deq_lm.evaluation.causality import CAUSAL_BELOW_NATS, CausalityAudit
+from deq_lm.evaluation.document_losses import DocumentLosses
 from deq_lm.evaluation.results import EvaluationResult
 from deq_lm.evaluation.sample import printable
 
@@ -49,12 +51,45 @@ def _perplexities(result: EvaluationResult) -> list[str]:
             _number(perplexity.nats_per_token, ".4f"),
             _number(perplexity.bits_per_byte, ".4f"),
         )
-        rows.append((name, *values))
-    notes = _item("", "bigram (interpolated Kneser-Ney) and unigram: of the training split's tokens")
+        rows += [(name, *values), *_intervals(result.documents, _NAMES[name])]
+    notes = _of_intervals(result.documents) + _item(
+        "", "bigram (interpolated Kneser-Ney) and unigram: of the training split's tokens"
+    )
     warning = (
         [] if result.causality.is_causal else _item("", "NOT CAUSAL: the perplexity of this model has seen the future")
     )
     return _table(rows) + notes + warning
+
+
+_NAMES = {"this model": "model", "bigram": "bigram", "unigram": "unigram"}
+"""Of the models in `DocumentLosses`."""
+
+
+def _intervals(documents: DocumentLosses | None, model: str) -> list[tuple[str, ...]]:
+    """Two rows, where the intervals of each column begin and end; none without intervals."""
+    if documents is None:
+        return []
+    per_token, per_word, per_byte = (documents.interval(model, per) for per in ("num_tokens", "num_words", "num_bytes"))
+    if per_token is None or per_word is None or per_byte is None:
+        return []
+
+    def row(label: str, token: float, word: float, byte: float) -> tuple[str, ...]:
+        perplexities = (_number(None if nats > 700 else math.exp(nats), ",.2f") for nats in (word, token))
+        nats = (f"{value:.4f}" for value in (word, token, byte / math.log(2)))
+        return (label, *perplexities, *nats)
+
+    return [
+        row("  95 % from", per_token.low, per_word.low, per_byte.low),
+        row("       to", per_token.high, per_word.high, per_byte.high),
+    ]
+
+
+def _of_intervals(documents: DocumentLosses | None) -> list[str]:
+    if documents is None:
+        return []
+    if len(documents) < 2:
+        return _item("", "no intervals: the text is a single document, and they are drawn from documents")
+    return _item("", f"95 % intervals: bootstrap over the {len(documents):,} documents of the text")
 
 
 def _protocol(result: EvaluationResult) -> list[str]:

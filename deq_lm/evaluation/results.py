@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from deq_lm.evaluation.causality import CausalityAudit
 from deq_lm.evaluation.compute_curve import CurvePoint
 from deq_lm.evaluation.config import EvaluationConfig
+from deq_lm.evaluation.document_losses import DocumentLosses
 from deq_lm.evaluation.no_op import NoOpCheck
 from deq_lm.evaluation.peak_memory import MemoryRow
 from deq_lm.evaluation.perplexity import Perplexity
@@ -41,6 +42,7 @@ class EvaluationResult(Record):
         memory_shape: sequences, their length, and positions of memory of that step.
         sample: text written by the model; None if it was not asked for.
         caveats: what a reader has to know of the text, a sentence each.
+        documents: the losses of each document; None if they are not known.
     """
 
     kind: ClassVar[str] = "evaluation"
@@ -64,6 +66,7 @@ class EvaluationResult(Record):
     memory_shape: tuple[int, int, int] | None
     sample: Sample | None
     caveats: tuple[str, ...] = ()
+    documents: DocumentLosses | None = None
 
     @property
     def mem_len(self) -> int:

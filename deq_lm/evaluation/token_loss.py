@@ -58,22 +58,39 @@ class TokenLoss:
         nll_nats: the sum of -log p over the targets.
         num_targets: how many were scored.
         solves: the forward solves; None if the model has none.
+        document_nats: the sum over the scored targets of each document; of one where documents were not given.
     """
 
     nll_nats: float
     num_targets: int
     solves: SolveStatistics | None
+    document_nats: tuple[float, ...]
 
 
 @dataclass
 class _Sums:
     """What one process has counted."""
 
-    nll_nats: float = 0.0
     num_targets: int = 0
+    pieces: list[tuple[int, float]] = field(default_factory=list)  # document, nats
     outcomes: list[int] = field(default_factory=list)
     evaluations: list[int] = field(default_factory=list)
     residuals: list[float] = field(default_factory=list)
+
+    def add_nats(self, segment: Segment, target_nats: Tensor, ends: np.ndarray) -> None:
+        """Sum the nats, (b, L), over what each document has in each stream of the segment.
+
+        These pieces do not depend on which process has the stream, and no later sum of them rounds.
+        """
+        lengths = (segment.targets != IGNORED).sum(dim=1).tolist()
+        for first, length, nats in zip(segment.first_targets, lengths, target_nats.double().cpu().numpy(), strict=True):
+            start = first
+            while start < first + length:
+                document = int(np.searchsorted(ends, start, side="right"))
+                end = min(int(ends[document]), first + length)
+                self.pieces.append((document, float(nats[start - first : end - first].sum())))
+                start = end
+            self.num_targets += length
 
     def add_solves(self, solution: Solution, scored: Tensor) -> None:
         """`scored`, (B,) bool: streams of this segment that have targets; the others have ended, and are padding."""
@@ -89,6 +106,7 @@ def score_tokens(
     accelerator: Accelerator | None = None,
     *,
     stopping: StoppingRule | None = None,
+    document_ends: np.ndarray | None = None,
 ) -> TokenLoss:
     """The loss of a language model on one token array.
 
@@ -98,6 +116,7 @@ def score_tokens(
         config: streams, segments, and how many segments at most.
         accelerator: of a run in several processes; each scores its own streams, and all get the sum.
         stopping: instead of the model's rule.
+        document_ends: the target after the last of each document, (D,), rising to the number of targets; None is one.
 
     Raises:
         ConfigError: batch_size cannot be divided among the processes.
@@ -112,16 +131,24 @@ def score_tokens(
     )
     device = device_of(model)
     sums, memory = _Sums(), None
+    ends = np.array([len(tokens) - 1]) if document_ends is None else document_ends
+    assert ends[-1] == len(tokens) - 1, f"documents of {ends[-1]} targets in a text of {len(tokens) - 1}"
     with measuring(model):
         for segment in islice(streams, config.max_segments):
             input_ids, targets = (tensor.to(device) for tensor in without_padding(segment))
-            output = model(input_ids, targets=targets, memory=memory, stopping=stopping, return_logits=False)
+            output = model(
+                input_ids,
+                targets=targets,
+                memory=memory,
+                stopping=stopping,
+                return_logits=False,
+                return_target_nats=True,
+            )
             memory = output.memory
-            sums.nll_nats += output.nll_nats.item()
-            sums.num_targets += int(output.num_targets)
+            sums.add_nats(segment, output.target_nats, ends)
             if output.solution is not None:
                 sums.add_solves(output.solution, (targets != IGNORED).any(dim=1))
-    return _total([sums] if accelerator is None else gather_object([sums]))
+    return _total([sums] if accelerator is None else gather_object([sums]), len(ends))
 
 
 def without_padding(segment: Segment) -> tuple[Tensor, Tensor]:
@@ -130,11 +157,16 @@ def without_padding(segment: Segment) -> tuple[Tensor, Tensor]:
     return segment.input_ids[:, :length], segment.targets[:, :length]
 
 
-def _total(parts: list[_Sums]) -> TokenLoss:
+def _total(parts: list[_Sums], num_documents: int) -> TokenLoss:
+    pieces: list[list[float]] = [[] for _ in range(num_documents)]
+    for part in parts:
+        for document, nats in part.pieces:
+            pieces[document].append(nats)
     return TokenLoss(
-        nll_nats=math.fsum(part.nll_nats for part in parts),
+        nll_nats=math.fsum(nats for part in parts for _, nats in part.pieces),
         num_targets=sum(part.num_targets for part in parts),
         solves=_statistics(parts) if any(part.outcomes for part in parts) else None,
+        document_nats=tuple(map(math.fsum, pieces)),
     )
 
 

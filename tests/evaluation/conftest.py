@@ -28,14 +28,17 @@ class TableModel(nn.Module):
     def logits_of(self, input_ids: Tensor) -> Tensor:
         return self.table[input_ids]
 
-    def forward(self, input_ids, *, targets=None, memory=None, stopping=None, return_logits=True):
+    def forward(
+        self, input_ids, *, targets=None, memory=None, stopping=None, return_logits=True, return_target_nats=False
+    ):
         logits = self.logits_of(input_ids)
         output = SimpleNamespace(logits=logits, memory=None, nll_nats=None, num_targets=None)
         output.solution = solve(lambda z: z / 2, torch.ones(*input_ids.shape, 1), solver=Picard(), stopping=stopping)
         if targets is not None:
             scored = targets != -100
             nll = -logits.log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None]).squeeze(-1)
-            output.nll_nats, output.num_targets = (nll * scored).sum(), scored.sum()
+            output.target_nats, output.num_targets = torch.where(scored, nll, 0.0), scored.sum()
+            output.nll_nats = output.target_nats.sum()
         return output
 
 

@@ -58,9 +58,9 @@ def test_a_score_is_the_sum_over_all_targets_each_after_its_own_context():
     unigram, bigram = Unigram.fit(TEXT, 7), Bigram.fit(TEXT, 7)
     table = every_bigram(bigram, 7)
     by_hand = -sum(math.log(table[v, w]) for v, w in [(0, 1), (1, 2), (2, 5), (5, 6)])
-    assert bigram.nll_nats(held_out) == pytest.approx(by_hand, rel=1e-12)
+    assert bigram.nll_nats(held_out).sum() == pytest.approx(by_hand, rel=1e-12)
     by_hand = -sum(math.log(unigram.probabilities[w]) for w in (1, 2, 5, 6))
-    assert unigram.nll_nats(held_out) == pytest.approx(by_hand, rel=1e-12)
+    assert unigram.nll_nats(held_out).sum() == pytest.approx(by_hand, rel=1e-12)
 
 
 def test_pairs_of_a_large_vocabulary_do_not_overflow_small_integers():
@@ -78,7 +78,7 @@ def test_on_text_from_a_markov_chain_the_bigram_comes_close_to_its_entropy_and_t
         tokens.append(int(np.searchsorted(chain[tokens[-1]].cumsum(), draw).clip(max=29)))
     train, test = np.array(tokens[:50_000]), np.array(tokens[50_000:])
     entropy = -np.log(chain[test[:-1], test[1:]]).mean()
-    bigram = Bigram.fit(train, 30).nll_nats(test) / (len(test) - 1)
-    unigram = Unigram.fit(train, 30).nll_nats(test) / (len(test) - 1)
+    bigram = Bigram.fit(train, 30).nll_nats(test).sum() / (len(test) - 1)
+    unigram = Unigram.fit(train, 30).nll_nats(test).sum() / (len(test) - 1)
     assert entropy < bigram < entropy + 0.02
     assert unigram > bigram + 0.3
