@@ -3,6 +3,7 @@
 from deq_lm.evaluation.causality import CausalityAudit, audit_causality
 from deq_lm.evaluation.comparison import Compared, compare, is_best_by_evidence, model_name, paired_difference
 from deq_lm.evaluation.config import EvaluationConfig
+from deq_lm.evaluation.document_losses import DocumentLosses, PairedDifference, paired_difference_of_documents
 from deq_lm.evaluation.evaluate import evaluate
 from deq_lm.evaluation.loading import load_model, model_folder
 from deq_lm.evaluation.perplexity import Perplexity, PerplexityResult, evaluate_perplexity
@@ -15,8 +16,10 @@ __all__ = [
     "CausalityAudit",
     "Compared",
     "Decoding",
+    "DocumentLosses",
     "EvaluationConfig",
     "EvaluationResult",
+    "PairedDifference",
     "Perplexity",
     "PerplexityResult",
     "Sample",
@@ -29,6 +32,7 @@ __all__ = [
     "model_folder",
     "model_name",
     "paired_difference",
+    "paired_difference_of_documents",
     "printable",
     "read_record",
     "render",

@@ -1,4 +1,4 @@
-"""Evaluation results side by side: only what was measured alike, seeds of one recipe as a mean with its 95 % interval."""
+"""Evaluation results side by side: only what was measured alike; seeds of one recipe as a mean; two of one text paired."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from deq_lm.errors import DataError
+from deq_lm.evaluation.bootstrap import Interval
+from deq_lm.evaluation.document_losses import paired_difference_of_documents
 from deq_lm.evaluation.results import EvaluationResult
 from deq_lm.modeling import DEQLMConfig, ParameterCount, count_parameters
 
@@ -92,6 +94,48 @@ def paired_difference(results: Sequence[EvaluationResult], name: str, other: str
             losses[model_name(result)][result.seed] = nats
     differences = [losses[name][seed] - losses[other][seed] for seed in losses[name].keys() & losses[other].keys()]
     return (statistics.fmean(differences), _interval(differences)) if differences else None
+
+
+def render_pair(result: EvaluationResult, other: EvaluationResult, *, names: Sequence[str]) -> str:
+    """Two results as text: each loss with its interval over documents, and their difference with its own.
+
+    Args:
+        result, other: of the same text.
+        names: what to call them.
+
+    Raises:
+        DataError: they cannot be paired.
+    """
+    difference = paired_difference_of_documents(result.documents, other.documents)
+    lines = []
+    for name, each in zip(names, (result, other), strict=True):
+        assert each.documents is not None  # they have been paired
+        interval = each.documents.interval("model", "num_words")
+        lines.append((name, _with_interval(each.perplexity.nats_per_word, interval, ".4f")))
+    lines.append(("difference", _with_interval(difference.nats_per_word, difference.interval, "+.4f")))
+    width = max(len(name) for name, _ in lines)
+    table = [f"{name:<{width}}  {value} nats per word" for name, value in lines]
+    if difference.interval is None:
+        verdict = "a single document says nothing of others: no intervals"
+    else:
+        verdict = (
+            f"95 % intervals: bootstrap over {difference.num_documents:,} documents, paired for the difference; "
+            + ("0 is outside" if difference.is_evident else "0 is inside, so neither is better by this evidence")
+        )
+    protocols = [_protocol(each) for each in (result, other)]
+    unlike = [
+        f"CAUTION: {what} {protocols[0][what]} and {protocols[1][what]}"
+        for what in ("streams", "segment length", "memory length", "precision")
+        if protocols[0][what] != protocols[1][what]
+    ]
+    return "\n".join([*table, "", verdict, *unlike])
+
+
+def _with_interval(value: float | None, interval: Interval | None, form: str) -> str:
+    assert value is not None  # a loss that is not finite has not been paired
+    return format(value, form) + (
+        "" if interval is None else f" [{format(interval.low, form)}, {format(interval.high, form)}]"
+    )
 
 
 def model_name(result: EvaluationResult) -> str:

@@ -49,6 +49,50 @@ def test_words_are_split_at_white_space_only_and_every_line_ends_with_eos(folder
     assert split.num_tokens == split.num_words == len(expected)
 
 
+@pytest.mark.parametrize(("kind", "corpus"), [("bpe", "text"), ("word_level", "wikitext-2")])
+def test_every_document_has_its_own_counts_however_long_it_is(folder, tmp_path, monkeypatch, kind, corpus):
+    monkeypatch.setattr("deq_lm.data.split_encoding._BATCH_CHARACTERS", 10)  # so that a document comes in pieces
+    text = "= A =\n\n" + "one two\nthree\n" * 5 + "\n= B =\n\nfour\n\n= C =\n\nfive six"
+    for name in ("test.txt", "wiki.test.tokens"):
+        (folder / name).write_text(text, encoding="utf-8")
+    encoded = prepare_into(DataConfig(corpus, kind, 320 if kind == "bpe" else None, str(folder)), tmp_path / "out")
+    split = encoded.splits["test"]
+    documents, texts = split.documents, [text[:78], text[78:91], text[91:]]
+    assert [part.split("\n")[0] for part in texts] == ["= A =", "= B =", "= C ="]
+    assert documents.num_bytes.tolist() == [len(part) for part in texts]
+    lines = [part.count("\n") + (not part.endswith("\n")) for part in texts] if corpus != "text" else [0, 0, 0]
+    assert documents.num_words.tolist() == [len(part.split()) + count for part, count in zip(texts, lines, strict=True)]
+    assert documents.ends[-1] == split.num_tokens
+    for part, end, length in zip(texts, documents.ends, documents.num_tokens, strict=True):
+        tokens = split.tokens[1:][end - length : end].tolist()
+        assert tokens[-1] == encoded.tokenizer.eos_token_id
+        if kind == "bpe":
+            assert encoded.tokenizer.decode(tokens[:-1]) == part
+        else:
+            assert len(tokens) == len(part.split()) + part.count("\n") + (not part.endswith("\n"))
+
+
+def test_the_fingerprint_of_documents_is_that_of_their_texts_alone(folder: Path, tmp_path):
+    def fingerprint(*settings) -> str:
+        made = prepare_into(DataConfig("text", *settings, str(folder)), tmp_path / str(len(list(tmp_path.iterdir()))))
+        return made.splits["test"].documents.fingerprint
+
+    first = fingerprint("bpe", 320)
+    assert fingerprint("word_level", None) == first
+    (folder / "test.txt").write_text(TEXT.replace("cat", "dog", 1), encoding="utf-8")
+    assert fingerprint("bpe", 320) != first
+
+
+def test_counts_of_documents_that_do_not_add_up_are_refused(folder: Path, tmp_path):
+    out = tmp_path / "out"
+    prepare_into(DataConfig("text", "bpe", 300, str(folder)), out)
+    counts = np.load(out / "test_documents.npy")
+    for changed in (counts[:-1], counts + np.eye(*counts.shape, dtype=np.int64), counts.astype(float), counts[:, 0]):
+        np.save(out / "test_documents.npy", changed)
+        with pytest.raises(DataError, match=r"damaged.*test_documents.npy"):
+            load_prepared(out)
+
+
 def test_the_cache_is_used_again_and_not_for_another_text(folder: Path, tmp_path):
     config = DataConfig("text", "bpe", 300, str(folder), str(tmp_path / "cache"))
     first = prepare(config)

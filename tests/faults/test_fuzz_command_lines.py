@@ -25,6 +25,7 @@ WORK = {
     "scripts/generate.py": ("deq_lm.evaluation.load_model",),
     "scripts/prepare_data.py": ("deq_lm.data.encoding.prepare_into",),
     "scripts/train_lm.py": ("deq_lm.training.train",),
+    "eval/compare.py": ("deq_lm.evaluation.comparison.render_pair",),
     "eval/evaluate.py": ("deq_lm.evaluation.loading.load_model",),
     "eval/report.py": ("deq_lm.reporting.write_report", "deq_lm.reporting.write_markdown"),
     "eval/run.py": ("deq_lm.suites.run_suite",),
@@ -35,6 +36,7 @@ WORK = {
     "eval/benchmarks/robustness.py": ("run_suite",),
     "eval/benchmarks/solvers.py": ("deq_lm.evaluation.loading.load_model",),
     "eval/benchmarks/training_step.py": ("deq_lm.evaluation.loading.load_model",),
+    "eval/reliability/canary.py": ("make_model",),
     "eval/reliability/fuzz.py": ("run_fuzz",),
     "eval/reliability/kills.py": ("run_kills",),
     "eval/reliability/soak.py": ("deq_lm.data.encoding.prepare",),
@@ -164,9 +166,10 @@ def test_any_arguments_end_in_order_or_with_one_line_and_a_documented_code(place
         assert ended.output == ""
         assert listing(place.parent) == before
 
-    words = st.sampled_from(GIVEN) | st.sampled_from(script.options)
+    options = script.options or ["--absent"]
+    words = st.sampled_from(GIVEN) | st.sampled_from(options)
     values = [word for word in GIVEN if word != "--"]  # which after "=" Python 3.11 takes for an empty list
-    words |= st.tuples(st.sampled_from(script.options), st.sampled_from(values)).map("=".join)
+    words |= st.tuples(st.sampled_from(options), st.sampled_from(values)).map("=".join)
     words |= st.binary(max_size=12).map(lambda word: os.fsdecode(word.replace(b"\0", b"")))
     fuzz(check, st.lists(words, max_size=7), min(num_inputs, 400))
 

@@ -121,7 +121,13 @@ def test_a_link_out_of_the_data_folder_is_refused_and_one_within_is_not(tmp_path
 
 @sizes
 def test_any_bytes_in_a_prepared_file_are_refused_or_change_nothing_of_its_shape(prepared, tmp_path, num_inputs):
-    files = ["train.npy", "prepared.json", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"]
+    files = [
+        "train.npy",
+        "train_documents.npy",
+        "prepared.json",
+        "tokenizer/tokenizer.json",
+        "tokenizer/tokenizer_config.json",
+    ]
     assert all((prepared / name).is_file() for name in files)
 
     def check(drawn) -> None:
