@@ -57,8 +57,8 @@ class Score:
 
     @property
     def is_honest(self) -> bool:
-        """Whether it is not below chance, by more than three standard errors."""
-        return self.nats >= FLOOR - 3 * self.standard_error
+        """Whether it is not below chance, by more than three standard errors (and what rounds)."""
+        return self.nats >= FLOOR - 3 * self.standard_error - 1e-9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,8 +112,16 @@ def make_model(combination: Combination, *, solver_steps: int, seed: int) -> DEQ
     return DEQLMForCausalLM(config)
 
 
-def train_and_score(model: DEQLMForCausalLM, *, num_steps: int, seed: int) -> Score:
-    """Train on drawn tokens, and measure on others."""
+def train_and_score(model: DEQLMForCausalLM, *, num_steps: int, seed: int, recorded: bool = False) -> Score:
+    """Train on drawn tokens, and measure on others.
+
+    Args:
+        model: see `make_model`.
+        num_steps: of training.
+        seed: of the tokens.
+        recorded: measure solves as training records them, which end with their last iterate. A solve over whole sequences
+            that nothing goes back through returns its best one, of which such a training knows nothing.
+    """
     import torch
 
     generator = torch.Generator().manual_seed(seed)
@@ -132,9 +140,9 @@ def train_and_score(model: DEQLMForCausalLM, *, num_steps: int, seed: int) -> Sc
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
     model.eval()
-    with torch.no_grad():
+    with torch.set_grad_enabled(recorded):
         inputs, targets = draw(SCORED)
-        logits = model(inputs).logits.double()
+        logits = model(inputs).logits.detach().double()
         nats = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
         of_sequences = nats.view(SCORED, LENGTH).mean(dim=1)
     return Score(nats=of_sequences.mean().item(), standard_error=of_sequences.std().item() / SCORED**0.5)

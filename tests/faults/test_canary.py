@@ -1,0 +1,94 @@
+"""No solver under any gradient learns to read tokens that it is to predict; a planted one that does is found."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+from scripts_of_eval import load
+from torch import Tensor
+
+from deq_lm.solvers import FixedPointSolver
+from deq_lm.solvers.base import SolverState, evaluate
+
+
+@dataclass(frozen=True)
+class RecordedState(SolverState):
+    """Adds the factors of H = -I + sum u v^T."""
+
+    factors: tuple[tuple[Tensor, Tensor], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordedBroyden(FixedPointSolver):
+    """Broyden's method over whole sequences, as the papers have it, with steps that can be backpropagated through."""
+
+    scope: str = "sequence"
+    differentiable: ClassVar[bool] = True
+
+    def init(self, f, z0):
+        return RecordedState(**vars(super().init(f, z0)), factors=())
+
+    def step(self, f, state, active):
+        def product(left: Tensor, right: Tensor) -> Tensor:
+            return (left * right).sum(dim=(1, 2), keepdim=True)  # over all positions, later ones too
+
+        def inverse(x: Tensor) -> Tensor:
+            return -x + sum(u * product(v, x) for u, v in state.factors)
+
+        step = -inverse(state.residual)
+        new = evaluate(f, state.point + step, state, active)
+        change = new.residual - state.residual
+        v = -step + sum(v * product(u, step) for u, v in state.factors)
+        scale = product(v, change)
+        u = (step - inverse(change)) / torch.where(scale.abs() < 1e-12, 1.0, scale)
+        return RecordedState(**vars(new), factors=(*state.factors, (u, v)))
+
+
+def planted(canary, *, solver_steps: int, seed: int):
+    unrolled = canary.Combination({"name": "picard", "scope": "prefix"}, {"name": "unrolled"})
+    model = canary.make_model(unrolled, solver_steps=solver_steps, seed=seed)
+    model.model.layers.solver = RecordedBroyden()
+    return model
+
+
+@pytest.fixture
+def canary():
+    return load("reliability/canary")
+
+
+def test_all_that_is_offered_is_tried(canary):
+    names = [str(combination) for combination in canary.combinations()]
+    assert len(names) == len(set(names)) == 29
+    assert {"broyden sequence, phantom", "reversible prefix, reversible", "peaceman_rachford prefix, unrolled"} <= set(
+        names
+    )
+    assert not any("broyden" in name and "unrolled" in name for name in names)  # refused
+
+
+@pytest.mark.parametrize(("solver", "adjoint"), [("broyden", "implicit"), ("picard", "unrolled")])
+def test_after_300_steps_none_is_below_chance(canary, solver: str, adjoint: str, monkeypatch):
+    monkeypatch.setattr(canary, "BATCH_SIZE", 16)
+    monkeypatch.setattr(canary, "SCORED", 512)
+    combination = canary.Combination({"name": solver, "scope": "prefix"}, {"name": adjoint})
+    score = canary.train_and_score(canary.make_model(combination, solver_steps=4, seed=0), num_steps=300, seed=0)
+    assert score.is_honest
+    assert score.nats < canary.FLOOR + 0.05  # it was trained
+
+
+def test_a_planted_leak_is_found_within_300_steps(canary, monkeypatch):
+    monkeypatch.setattr(canary, "SCORED", 1024)
+    model = planted(canary, solver_steps=5, seed=0)
+    score = canary.train_and_score(model, num_steps=150, seed=0, recorded=True)
+    assert not score.is_honest
+    assert score.nats < canary.FLOOR - 0.02
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_whole_sequence_broyden_trained_through_its_steps_reads_ahead(canary, seed: int):
+    model = planted(canary, solver_steps=5, seed=seed)
+    score = canary.train_and_score(model, num_steps=canary.NUM_STEPS, seed=seed, recorded=True)
+    assert score.nats < canary.FLOOR - 0.1
