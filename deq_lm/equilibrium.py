@@ -98,8 +98,8 @@ class Equilibrium(nn.Module):
             memory: of the segment before.
             key_mask: (B, L) bool, False at padding.
             sliding: see `Cell.bind`.
-            start: where the solve begins, of a shape that expands to (B, L, D); None is zero. The solution does not depend
-                on it, but for the tolerance.
+            start: where the solve begins, of a shape that expands to that of the state; None is zero. The solution does
+                not depend on it, but for the tolerance.
             stopping: overrides the rule of the current mode.
             adjoint: overrides `self.adjoint`; has to go with the solver.
             num_unrolled_steps: run this many plain evaluations and backpropagate through them instead (shallow
@@ -125,18 +125,17 @@ class Equilibrium(nn.Module):
             z0 = z0 + start.detach()
         if torch.is_grad_enabled():
             self.adjoint_solution = None  # until this output's backward pass
-            output, solution = adjoint.apply(f, z0, run, report=self._keep_adjoint_solution)
+            state, solution = adjoint.apply(f, z0, run, report=self._keep_adjoint_solution)
         else:
             solution = run(f, z0)
-            output = solution.image
-        output = output.to(x.dtype)
-        if output.shape != x.shape:  # only then, because FSDP2 advises against views
-            output = output.view(x.shape)
+            state = solution.image
+        state = state.to(x.dtype)
+        output = self.cell.read_out(state)
         jacobian = jacobian_penalty(f, solution.z) if estimate_jacobian else None
         if sliding:
-            return SegmentOutput(output, None, solution, jacobian, self.cell.keep(f, output, x, memory))
+            return SegmentOutput(output, None, solution, jacobian, self.cell.keep(f, state, x, memory))
         assert memory is None or isinstance(memory, Memory)
-        return SegmentOutput(output, self.cell.remember(f, output, x, memory), solution, jacobian)
+        return SegmentOutput(output, self.cell.remember(f, state, x, memory), solution, jacobian)
 
     @property
     def current_stopping(self) -> StoppingRule:

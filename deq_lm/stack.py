@@ -54,10 +54,10 @@ class Stack(nn.Module):
             raise ValueError(
                 f"{', '.join(given)}: a stack of layers solves nothing. Leave it out, or use an equilibrium."
             )
-        h, remembered, kept = x, [], []
+        first, *_ = self._cells()
+        h, remembered, kept = first.as_state(x), [], []
         parts = [None] * len(self.cells) if memory is None else memory.parts(len(self.cells))
-        for cell, part in zip(self.cells, parts, strict=True):
-            assert isinstance(cell, Cell)
+        for cell, part in zip(self._cells(), parts, strict=True):
             f = cell.bind(x, part, key_mask, sliding=sliding)
             if sliding:
                 kept.append(cell.keep(f, h, x, part))
@@ -66,8 +66,11 @@ class Stack(nn.Module):
                 remembered.append(cell.remember(f, h, x, part))
             h = f(h)
         return SegmentOutput(
-            h,
+            first.read_out(h),
             Memory.joined(remembered) if remembered else None,
             solution=None,
             past=ProjectedMemory.joined(kept) if kept else None,
         )
+
+    def _cells(self) -> list[Cell]:
+        return [cell for cell in self.cells if isinstance(cell, Cell)]

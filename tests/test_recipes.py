@@ -110,6 +110,23 @@ def test_rivals_have_the_same_text_budget_width_and_memory_and_as_many_parameter
     assert b.other == pytest.approx(a.other, rel=0.005)
 
 
+@pytest.mark.parametrize(
+    ("name", "multiscale"), [("demo_cpu", "demo_cpu_multiscale"), ("wiki21m_deq", "wiki21m_multiscale")]
+)
+def test_a_multiscale_recipe_differs_in_the_cell_alone_and_has_as_many_parameters(name: str, multiscale: str):
+    ours, theirs = load_recipe(FOLDER / f"{name}.yaml"), load_recipe(FOLDER / f"{multiscale}.yaml")
+    same_folder = {"output_dir": "runs/any"}
+    assert replace(ours.training, **same_folder) == replace(theirs.training, **same_folder)
+    own = {"name", "d_inner", "coarse"}
+    settings = [
+        {**r.model, "cell": {k: v for k, v in r.model["cell"].items() if k not in own}, "data": r.data, "seed": r.seed}
+        for r in (ours, theirs)
+    ]
+    assert settings[0] == settings[1]
+    assert counted(theirs).other == pytest.approx(counted(ours).other, rel=0.01)
+    assert counted(theirs).embedding == counted(ours).embedding
+
+
 def gpu_hours(recipe: Recipe) -> float:
     """At 100 TFLOP/s: 2 FLOP a parameter and evaluation, twice that for its full gradient, once for a product with J^T; the
     shortlist of the adaptive softmax once, with its gradient.

@@ -153,6 +153,10 @@ class Cell(nn.Module):
         """`x` in the shape in which a solver is to see the state, (B, L, ...)."""
         return x
 
+    def read_out(self, z: Tensor) -> Tensor:
+        """What a state says to the outside, of the shape of x."""
+        return z
+
     @abstractmethod
     def reset_parameters(self) -> None:
         """Draw all parameters anew (after construction on the meta device, say); `__init__` calls it too."""
@@ -173,7 +177,7 @@ class Cell(nn.Module):
         """What later positions read of past ones, (B, M, P).
 
         Args:
-            z: their equilibria, (B, M, D).
+            z: their equilibria, (B, M, ...).
             x: their inputs, (B, M, D).
             weights: `BoundCell.weights`, of the present parameters.
         """
@@ -184,7 +188,7 @@ class Cell(nn.Module):
 
         Args:
             f: what `bind` gave for this segment.
-            z: the equilibrium, (B, L, D).
+            z: the equilibrium, (B, L, ...), as a state.
             x: the injected input it belongs to, (B, L, D).
             memory: the memory this segment was given.
         """
@@ -197,18 +201,30 @@ class Cell(nn.Module):
             if past is None:
                 past = ProjectedMemory(features[:, :0])
             elif isinstance(past, Memory):
-                past = ProjectedMemory(past.project(self.project, f.weights), past.mask)
+                past = ProjectedMemory(past.project(self.project, f.weights), past.mask, num_tokens=past.num_tokens)
         assert isinstance(past, ProjectedMemory)
         return replace(past, weights=f.weights).extended(features, self.num_visible)
 
 
-def check_inputs(d_model: int, num_features: int, x: Tensor, memory: Past | None, key_mask: Tensor | None) -> None:
-    """Raises ValueError unless the arguments of `Cell.bind` belong together and to a cell of this width and projection."""
+def check_inputs(
+    d_model: int,
+    num_features: int,
+    x: Tensor,
+    memory: Past | None,
+    key_mask: Tensor | None,
+    *,
+    state_width: int | None = None,
+) -> None:
+    """Raises ValueError unless the arguments of `Cell.bind` belong together and to a cell of this width and projection.
+
+    `state_width` is that of the state, where it is not `d_model`.
+    """
     batch, length, width = x.shape
     if width != d_model:
         raise ValueError(f"x of shape {tuple(x.shape)}: expected (B, L, d_model), and d_model is {d_model}.")
     if memory is not None:
-        expected = {"z": width, "x": width} if isinstance(memory, Memory) else {"features": num_features}
+        of_memory = {"z": width if state_width is None else state_width, "x": width}
+        expected = of_memory if isinstance(memory, Memory) else {"features": num_features}
         for name, size in expected.items():
             shape = tuple(getattr(memory, name).shape)
             if shape != (batch, memory.length, size):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from deq_lm.cells.base import BoundCell, Cell, CellConfig
-from deq_lm.cells.memory import Memory, Past, ProjectedMemory
+from deq_lm.cells.memory import Memory, Past, ProjectedMemory, as_part, part_of
 
 
 class ComposedCell(Cell):
@@ -27,6 +27,12 @@ class ComposedCell(Cell):
         for block in self._cells():
             block.reset_parameters()
 
+    def as_state(self, x: Tensor) -> Tensor:
+        return self._cells()[0].as_state(x)
+
+    def read_out(self, z: Tensor) -> Tensor:
+        return self._cells()[0].read_out(z)
+
     def bind(
         self, x: Tensor, memory: Past | None = None, key_mask: Tensor | None = None, *, sliding: bool = False
     ) -> BoundCell:
@@ -35,8 +41,10 @@ class ComposedCell(Cell):
             block.bind(x, part, key_mask, sliding=sliding)
             for block, part in zip(blocks, self._parts(memory), strict=True)
         ]
-        tensors = {f"{i}.{name}": tensor for i, f in enumerate(bound) for name, tensor in f.tensors.items()}
-        batch_axes = {f"{i}.{name}": axis for i, f in enumerate(bound) for name, axis in f.batch_axes.items()}
+        tensors, batch_axes = dict[str, Tensor](), dict[str, int]()
+        for i, f in enumerate(bound):
+            tensors |= as_part(f.tensors, i)
+            batch_axes |= as_part(f.batch_axes, i)
         return BoundCell(_Chain(bound), tensors, batch_axes, bound[0].dtype, bound[0].autocast, key_mask)
 
     def remember(self, f: BoundCell, z: Tensor, x: Tensor, memory: Memory | None) -> Memory | None:
@@ -77,6 +85,6 @@ class _Chain:
         """What each of the first `last` blocks gives to the next."""
         images = []
         for i, f in enumerate(self.blocks[:last]):
-            z = f.evaluate(z, {name: tensors[f"{i}.{name}"] for name in f.tensors})
+            z = f.evaluate(z, part_of(tensors, i))
             images.append(z)
         return images

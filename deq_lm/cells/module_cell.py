@@ -46,6 +46,9 @@ class ModuleCell(Cell):
     def as_state(self, x: Tensor) -> Tensor:
         return x if self.causal else x[:, None]
 
+    def read_out(self, z: Tensor) -> Tensor:
+        return z if self.causal else z[:, 0]
+
     def bind(
         self, x: Tensor, memory: Past | None = None, key_mask: Tensor | None = None, *, sliding: bool = False
     ) -> BoundCell:

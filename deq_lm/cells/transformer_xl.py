@@ -132,13 +132,7 @@ class TransformerXLCell(Cell):
     def reset_parameters(self) -> None:
         std = self.config.init_std
         for linear in self._linears():
-            if parametrize.is_parametrized(linear, "weight"):
-                # Assigning to the effective weight sets magnitude and direction; an initializer writing to it would not.
-                linear.weight = nn.init.normal_(torch.empty_like(linear.weight), std=std)
-            else:
-                nn.init.normal_(linear.weight, std=std)
-            if linear.bias is not None:
-                nn.init.zeros_(linear.bias)
+            draw_linear(linear, std)
         for bias in (self.content_bias, self.distance_bias):
             nn.init.normal_(bias, std=std)
         for module in self.children():
@@ -267,6 +261,18 @@ class TransformerXLCell(Cell):
 
     def _normalize(self, x: Tensor, tensors: Mapping[str, Tensor], name: str) -> Tensor:
         return F.layer_norm(x, x.shape[-1:], tensors[name], tensors[f"{name}_bias"])
+
+
+@torch.no_grad()
+def draw_linear(linear: nn.Linear, std: float) -> None:
+    """Draw a linear map whose effective weight has this standard deviation, without bias."""
+    if parametrize.is_parametrized(linear, "weight"):
+        # Assigning to the effective weight sets magnitude and direction; an initializer writing to it would not.
+        linear.weight = nn.init.normal_(torch.empty_like(linear.weight), std=std)
+    else:
+        nn.init.normal_(linear.weight, std=std)
+    if linear.bias is not None:
+        nn.init.zeros_(linear.bias)
 
 
 def _chunk_rows(num_rows: int, num_chunks: int) -> int:

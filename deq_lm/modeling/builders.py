@@ -10,6 +10,7 @@ from deq_lm.adjoints import Adjoint, Implicit, JacobianFree, Phantom, Reversed, 
 from deq_lm.cells.base import Cell, CellConfig
 from deq_lm.cells.composed import ComposedCell
 from deq_lm.cells.monotone import MonotoneCell, MonotoneConfig
+from deq_lm.cells.multiscale import MultiscaleCell, MultiscaleConfig
 from deq_lm.cells.transformer_xl import TransformerXLCell, TransformerXLConfig
 from deq_lm.errors import ConfigError
 from deq_lm.heads import AdaptiveEmbeddingConfig, EmbeddingConfig, FullEmbeddingConfig
@@ -36,6 +37,7 @@ SOLVERS: dict[str, type[FixedPointSolver]] = {
 CELLS: dict[str, tuple[type[CellConfig], type[Cell]]] = {
     "transformer_xl": (TransformerXLConfig, TransformerXLCell),
     "monotone": (MonotoneConfig, MonotoneCell),
+    "multiscale": (MultiscaleConfig, MultiscaleCell),
 }
 EMBEDDINGS: dict[str, type[EmbeddingConfig]] = {"full": FullEmbeddingConfig, "adaptive": AdaptiveEmbeddingConfig}
 

@@ -21,7 +21,7 @@ class PastLayer(CacheLayerMixin):
 
     Attributes:
         memory: what the next tokens attend to; None before the first.
-        start: where the next solve begins, (B, 1, D): at f(z*) of the last position, if it is to warm-start; else None.
+        start: where the next solve begins, (B, 1, ...): at f(z*) of the last position, if it is to warm-start; else None.
         num_evaluations: of f, by position of the whole text, (B, T) int32; None likewise.
         ids: the text, (B, T) int64, those that have left the window included; None likewise.
     """
@@ -98,7 +98,7 @@ class PastLayer(CacheLayerMixin):
         self.ids = input_ids if self.ids is None else torch.cat([self.ids, input_ids], dim=1)
         if segment.solution is not None:
             if self.warm_start:
-                self.start = segment.output[:, -1:].detach()
+                self.start = segment.solution.image[:, -1:]
             new = segment.solution.position_num_evaluations
             self.num_evaluations = (
                 new if self.num_evaluations is None else torch.cat([self.num_evaluations, new], dim=1)

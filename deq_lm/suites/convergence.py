@@ -178,7 +178,8 @@ class _Solves:
             with measuring(model), noted_bindings(self.layers) as bindings:
                 memory = model(segment.input_ids.to(device), memory=memory, return_logits=False).memory
             ((f, x),) = bindings
-            self.bound.append((f, torch.zeros_like(x), segment.targets.to(device)))
+            zero = torch.zeros_like(self.layers.cell.as_state(x))
+            self.bound.append((f, zero, segment.targets.to(device)))
 
     def run(
         self, solver: FixedPointSolver, stopping: StoppingRule, starts: Sequence[Tensor] | None = None
@@ -187,7 +188,7 @@ class _Solves:
         for i, (f, zero, targets) in enumerate(self.bound):
             with measuring(self.model):
                 solution = solve(f, zero if starts is None else starts[i], solver=solver, stopping=stopping)
-                hidden = solution.image.to(zero.dtype)
+                hidden = self.layers.cell.read_out(solution.image.to(zero.dtype))
                 nll, num_targets = self.model.lm_head.nll(hidden, targets, self.model.model.embed_tokens)
             yield _Solved(solution, nll.item(), int(num_targets))
 

@@ -110,15 +110,14 @@ def _seconds(step: RepeatedStep, device: torch.device) -> float:
 
 
 def _parameter_table(model: DEQLMForCausalLM) -> list[str]:
-    """One line for each kind of tensor, over all layers; a tied one once."""
-    shapes, counts, sizes = dict[str, str](), Counter[str](), Counter[str]()
+    """One line for each kind and shape of tensor, over all layers; a tied one once."""
+    counts, sizes = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
     for name, parameter in model.named_parameters():
-        kind = re.sub(r"\.\d+\.", ".*.", name)
-        shapes[kind] = " x ".join(map(str, parameter.shape))
+        kind = re.sub(r"\.\d+\.", ".*.", name), " x ".join(map(str, parameter.shape))
         counts[kind] += 1
         sizes[kind] += parameter.numel()
-    width = max(map(len, shapes))
-    rows = [f"  {kind:<{width}}{counts[kind]:>5} x {shape:<14}{sizes[kind]:>16,}" for kind, shape in shapes.items()]
+    width = max(len(name) for name, _ in counts)
+    rows = [f"  {name:<{width}}{n:>5} x {shape:<14}{sizes[name, shape]:>16,}" for (name, shape), n in counts.items()]
     return ["parameters", *rows, f"  {'together':<{width}}{'':>5}   {'':<14}{sum(sizes.values()):>16,}"]
 
 

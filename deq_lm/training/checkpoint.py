@@ -370,7 +370,7 @@ def _memory_of(
         # Copied also where there is one: safetensors' tensors are not aligned, and that changes the last bits of a sum.
         remembered = {
             name: torch.cat([tensors[f"memory.{name}"].clone() for tensors in files]).to(device)
-            for name in ("z", "x", "mask")
+            for name in ("z", "x", "mask", "num_tokens")
             if f"memory.{name}" in files[0]
         }
         memory = Memory(**remembered) if remembered else None
@@ -452,10 +452,9 @@ def _write_shared_files(
 def _write_own_files(folder: Path, state: TrainingState, rank: int) -> None:
     random_state, tensors = random_state_of_all()
     if state.memory is not None:
-        tensors["memory.z"] = state.memory.z.contiguous()
-        tensors["memory.x"] = state.memory.x.contiguous()
-        if state.memory.mask is not None:
-            tensors["memory.mask"] = state.memory.mask.contiguous()
+        for name in ("z", "x", "mask", "num_tokens"):
+            if (tensor := getattr(state.memory, name)) is not None:
+                tensors[f"memory.{name}"] = tensor.contiguous()
     save_file(tensors, folder / f"rank_{rank:05d}.safetensors")
     own = {
         "streams": state.streams.state_dict(),

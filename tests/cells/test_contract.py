@@ -8,7 +8,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from deq_lm.cells import Cell, CellConfig, Memory, MonotoneConfig, TransformerXLConfig
+from deq_lm.cells import (
+    Cell,
+    CellConfig,
+    CoarseRate,
+    Memory,
+    MonotoneConfig,
+    MultiscaleConfig,
+    TransformerXLConfig,
+)
 from deq_lm.modeling.builders import build_cell
 
 BATCH, LENGTH, PAST, WIDTH, HEADS = 2, 5, 3, 8, 2
@@ -18,6 +26,12 @@ CELLS: dict[str, CellConfig] = {
     "pre": TransformerXLConfig(**SIZES, d_inner=12, norm="pre", weight_norm=True),
     "monotone": MonotoneConfig(**SIZES, num_taps=2),
     "monotone tanh": MonotoneConfig(**SIZES, num_taps=PAST, prox="tanh"),
+    "multiscale": MultiscaleConfig(
+        **SIZES, d_inner=12, coarse=(CoarseRate(ratio=2, d_model=4, num_heads=1, d_inner=6),)
+    ),
+    "multiscale pre": MultiscaleConfig(
+        **SIZES, d_inner=12, norm="pre", weight_norm=True, coarse=(CoarseRate(ratio=3, d_model=6, num_heads=2),)
+    ),
 }
 
 
@@ -32,16 +46,21 @@ def cell(config: CellConfig) -> Cell:
     return build_cell(config).double().eval()
 
 
-def states(length: int, seed: int) -> Tensor:
+def inputs(length: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(BATCH, length, WIDTH, dtype=torch.float64, generator=generator)
+
+
+def states(cell: Cell, length: int, seed: int) -> Tensor:
+    shape = cell.as_state(inputs(length, seed)).shape
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_future_changes_no_bit_of_the_past(cell: Cell, dtype: torch.dtype):
     cell = cell.to(dtype)
-    z, x = states(LENGTH, 1).to(dtype), states(LENGTH, 2).to(dtype)
-    memory = Memory(states(PAST, 3).to(dtype), states(PAST, 4).to(dtype))
+    z, x = states(cell, LENGTH, 1).to(dtype), inputs(LENGTH, 2).to(dtype)
+    memory = Memory(states(cell, PAST, 3).to(dtype), inputs(PAST, 4).to(dtype))
     with torch.no_grad():
         before = cell.bind(x, memory)(z)
         for cut in range(1, LENGTH):
@@ -60,8 +79,9 @@ def test_the_future_changes_no_bit_of_the_past_at_sizes_that_reach_the_vector_ke
 ):
     torch.manual_seed(0)
     cell = build_cell(replace(config, d_model=64, init_std=0.1))
-    z, x = torch.randn(2, 70, 64), torch.randn(2, 70, 64)
-    memory = Memory(torch.randn(2, 33, 64), torch.randn(2, 33, 64))
+    x = torch.randn(2, 70, 64)
+    z = torch.randn_like(cell.as_state(x))
+    memory = Memory(torch.randn_like(z[:, :33]), torch.randn(2, 33, 64))
     with torch.set_grad_enabled(recorded), torch.autocast("cpu", torch.bfloat16, enabled=mixed_precision):
         before = cell.bind(x, memory)(z)
         for cut in (1, 31, 64, 69):
@@ -72,8 +92,8 @@ def test_the_future_changes_no_bit_of_the_past_at_sizes_that_reach_the_vector_ke
 
 
 def test_a_sequence_gives_the_same_alone_and_in_a_batch(cell: Cell):
-    z, x = states(LENGTH, 1), states(LENGTH, 2)
-    memory = Memory(states(PAST, 3), states(PAST, 4))
+    z, x = states(cell, LENGTH, 1), inputs(LENGTH, 2)
+    memory = Memory(states(cell, PAST, 3), inputs(PAST, 4))
     with torch.no_grad():
         together = cell.bind(x, memory)(z)
         for entry in range(BATCH):
@@ -83,8 +103,8 @@ def test_a_sequence_gives_the_same_alone_and_in_a_batch(cell: Cell):
 
 
 def test_left_padding_that_is_masked_changes_nothing(cell: Cell):
-    z, x = states(LENGTH, 1), states(LENGTH, 2)
-    padded_z, padded_x = torch.cat([states(4, 5), z], 1), torch.cat([states(4, 6), x], 1)
+    z, x = states(cell, LENGTH, 1), inputs(LENGTH, 2)
+    padded_z, padded_x = torch.cat([states(cell, 4, 5), z], 1), torch.cat([inputs(4, 6), x], 1)
     mask = torch.tensor([[False] * 4 + [True] * LENGTH] * BATCH)
     with torch.no_grad():
         f = cell.bind(padded_x, key_mask=mask)
@@ -95,19 +115,19 @@ def test_left_padding_that_is_masked_changes_nothing(cell: Cell):
 
 
 def test_at_padding_f_is_zero_and_has_no_gradient(cell: Cell):
-    z, x = states(LENGTH, 1).requires_grad_(), states(LENGTH, 2)
+    z, x = states(cell, LENGTH, 1).requires_grad_(), inputs(LENGTH, 2)
     mask = torch.ones(BATCH, LENGTH, dtype=torch.bool)
     mask[:, 0] = False
     image = cell.bind(x, key_mask=mask)(z)
-    assert torch.equal(image[:, 0], torch.zeros(BATCH, WIDTH, dtype=torch.float64))
+    assert torch.equal(image[:, 0], torch.zeros_like(z[:, 0]))
     image[:, 0].sum().backward()
     assert z.grad is not None
     assert not z.grad.any()
 
 
 def test_padding_in_memory_is_not_attended_to(cell: Cell):
-    z, x = states(LENGTH, 1), states(LENGTH, 2)
-    past_z, past_x = states(PAST, 3), states(PAST, 4)
+    z, x = states(cell, LENGTH, 1), inputs(LENGTH, 2)
+    past_z, past_x = states(cell, PAST, 3), inputs(PAST, 4)
     mask = torch.tensor([[False] * 2 + [True] * (PAST - 2)] * BATCH)
     with torch.no_grad():
         found = cell.bind(x, Memory(past_z, past_x, mask))(z)
@@ -117,13 +137,13 @@ def test_padding_in_memory_is_not_attended_to(cell: Cell):
 
 
 def test_key_masks_differ_between_sequences_and_leave_memory_visible(cell: Cell):
-    z, x = states(LENGTH, 1), states(LENGTH, 2)
-    memory = Memory(states(PAST, 3), states(PAST, 4))
+    z, x = states(cell, LENGTH, 1), inputs(LENGTH, 2)
+    memory = Memory(states(cell, PAST, 3), inputs(PAST, 4))
     mask = torch.ones(BATCH, LENGTH, dtype=torch.bool)
     mask[1, 2] = False
     with torch.no_grad():
         plain, masked = cell.bind(x, memory)(z), cell.bind(x, memory, mask)(z)
-        other_memory = Memory(states(PAST, 5), states(PAST, 6))
+        other_memory = Memory(states(cell, PAST, 5), inputs(PAST, 6))
         torch.testing.assert_close(masked[0], plain[0], rtol=0, atol=1e-12)
         assert torch.equal(masked[1, :2], plain[1, :2])
         assert not torch.isclose(masked[1, 3:], plain[1, 3:]).all(dim=-1).any()
@@ -132,8 +152,8 @@ def test_key_masks_differ_between_sequences_and_leave_memory_visible(cell: Cell)
 
 
 def test_gradients_reach_every_parameter_and_the_input_and_are_right(cell: Cell):
-    z, x = states(LENGTH, 1).requires_grad_(), states(LENGTH, 2).requires_grad_()
-    memory = Memory(states(PAST, 3), states(PAST, 4))
+    z, x = states(cell, LENGTH, 1).requires_grad_(), inputs(LENGTH, 2).requires_grad_()
+    memory = Memory(states(cell, PAST, 3), inputs(PAST, 4))
     cell.bind(x, memory)(z).square().sum().backward()
     assert x.grad.norm() > 0
     assert all(parameter.grad is not None for parameter in cell.parameters())
@@ -141,7 +161,7 @@ def test_gradients_reach_every_parameter_and_the_input_and_are_right(cell: Cell)
 
 
 def test_a_bound_cell_reads_the_inputs_it_is_given_and_nothing_else(cell: Cell):
-    z, x = states(LENGTH, 1), states(LENGTH, 2)
+    z, x = states(cell, LENGTH, 1), inputs(LENGTH, 2)
     f = cell.bind(x)
     expected = f(z)
     copies = [tensor.detach().clone() for tensor in f.inputs]
@@ -155,7 +175,7 @@ def test_a_bound_cell_reads_the_inputs_it_is_given_and_nothing_else(cell: Cell):
 def test_a_state_dict_restores_the_cell(cell: Cell, config: CellConfig):
     other = build_cell(config).double().eval()
     other.reset_parameters()
-    z, x = states(LENGTH, 1), states(LENGTH, 2)
+    z, x = states(cell, LENGTH, 1), inputs(LENGTH, 2)
     with torch.no_grad():
         assert not torch.equal(cell.bind(x)(z), other.bind(x)(z))
         other.load_state_dict(cell.state_dict())
@@ -173,7 +193,7 @@ def test_it_can_be_built_without_storage_and_filled_later(config: CellConfig):
 
 
 def test_memory_keeps_the_last_positions_without_gradient(cell: Cell):
-    z, x = states(LENGTH, 1).requires_grad_(), states(LENGTH, 2)
+    z, x = states(cell, LENGTH, 1).requires_grad_(), inputs(LENGTH, 2)
     f = cell.bind(x)
     first = cell.remember(f, z, x, None)
     second = cell.remember(f, z[:, :1], x[:, :1], first)
@@ -193,7 +213,7 @@ def test_memory_keeps_the_last_positions_without_gradient(cell: Cell):
             BATCH + 1,
             LENGTH,
             PAST,
-            r"memory.z of shape \(3, 3, 8\).*expected \(2, 3, 8\). Start with memory=None",
+            r"memory.z of shape \(3, 3, (\d+)\).*expected \(2, 3, \1\). Start with memory=None",
         ),
         (
             WIDTH,
@@ -215,7 +235,8 @@ def test_shapes_that_do_not_belong_together_are_refused(
     cell: Cell, width: int, past_batch: int, mask_length: int, past_mask_length: int, message: str
 ):
     past_mask = torch.ones(past_batch, past_mask_length, dtype=torch.bool)
-    memory = Memory(torch.zeros(past_batch, PAST, WIDTH), torch.zeros(past_batch, PAST, WIDTH), past_mask)
+    past_x = torch.zeros(past_batch, PAST, WIDTH)
+    memory = Memory(torch.zeros_like(cell.as_state(past_x)), past_x, past_mask)
     mask = torch.ones(BATCH, mask_length, dtype=torch.bool)
     with pytest.raises(ValueError, match=message):
         cell.bind(torch.zeros(BATCH, LENGTH, width), memory, mask)

@@ -64,3 +64,22 @@ def test_a_projected_memory_keeps_the_newest_positions_and_where_padding_was():
     assert first.extended(states(2, 2), 5).mask[:, 0].tolist() == [False] * BATCH
     assert torch.equal(longer.without_newest(2).features, first.features[:, 1:])
     assert torch.equal(longer.select(torch.tensor([1, 1])).features[0], longer.features[1])
+
+
+@pytest.mark.parametrize("max_length", [2, 20])
+def test_the_past_counts_the_tokens_of_its_text_and_no_padding(max_length: int):
+    mask = torch.tensor([[False, False, True, True], [True] * 4])
+    memory = Memory.extend(None, states(4, 1), states(4, 2), max_length).mark_padding(mask)
+    memory = Memory.extend(memory, states(3, 3), states(3, 4), max_length)
+    assert memory.count().tolist() == [5, 7]
+    assert memory.share(1, 2).count().tolist() == [7]
+    assert Memory.joined(memory.parts(2)).count().tolist() == [5, 7]
+    bare = Memory(memory.z, memory.x, memory.mask)  # the text begins with it
+    assert bare.count().tolist() == ([5, 7] if max_length == 20 else [2, 2])
+
+    past = ProjectedMemory(memory.z, memory.mask, num_tokens=memory.num_tokens)
+    past = past.extended(states(2, 5), max_length).mark_padding(torch.tensor([[True, False], [True, True]]))
+    assert past.count().tolist() == [6, 9]
+    assert past.select(torch.tensor([1, 1, 0])).count().tolist() == [9, 9, 6]
+    assert ProjectedMemory.joined(past.parts(2)).count().tolist() == [6, 9]
+    assert past.without_newest(2).count().tolist() == [5, 7]

@@ -36,6 +36,21 @@ def monotone() -> DEQLMForCausalLM:
     return DEQLMForCausalLM(DEQLMConfig(vocab_size=VOCABULARY, cell=cell, stopping=rule)).double().eval()
 
 
+RATES = [{"ratio": 2, "d_model": 8, "num_heads": 2, "d_inner": 12}, {"ratio": 3, "d_model": 4, "num_heads": 1}]
+"""Chunks of 2 and of 6 tokens."""
+
+
+def multiscale(*, mem_len: int = MEM_LEN, **options) -> DEQLMForCausalLM:
+    return make(cell={"name": "multiscale", "coarse": RATES, "mem_len": mem_len, "injection": "residual", **options})
+
+
+def multiscale_stack() -> DEQLMForCausalLM:
+    torch.manual_seed(0)
+    cell = {"name": "multiscale", "d_model": 16, "num_heads": 2, "d_inner": 24, "mem_len": MEM_LEN, "init_std": 0.3}
+    config = DEQLMConfig(vocab_size=VOCABULARY, depth="stack", num_layers=2, cell={**cell, "coarse": RATES})
+    return DEQLMForCausalLM(config).double().eval()
+
+
 MODELS = {
     "equilibrium": make,
     "pre_norm": lambda: make(cell={"norm": "pre", "weight_norm": True, "norm_attention": True}),
@@ -46,6 +61,10 @@ MODELS = {
     "sequence_scope": lambda: make(solver={"name": "broyden", "scope": "sequence"}),
     "stack": stack,
     "monotone": monotone,
+    "multiscale": multiscale,
+    "multiscale_of_two_blocks": lambda: multiscale(num_blocks=2, attention_window=3),
+    "multiscale_without_memory": lambda: multiscale(mem_len=0),
+    "multiscale_stack": multiscale_stack,
 }
 
 
@@ -110,9 +129,9 @@ def test_however_a_text_is_cut_its_hidden_states_are_the_same(name: str):
         torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=0, atol=1e-9)
         seen_at_once = model(ids).last_hidden_state
     assert cache.get_seq_length() == 20
-    if name != "without_memory":
+    if "without_memory" not in name:
         assert cache.layer.memory.length == MEM_LEN
-        if name != "short_attention":
+        if "short_attention" not in name:
             assert (whole - seen_at_once)[:, MEM_LEN + 1 :].abs().max() > 1e-4  # the window is not without effect
         torch.testing.assert_close(whole[:, : MEM_LEN + 1], seen_at_once[:, : MEM_LEN + 1], rtol=0, atol=1e-9)
 
@@ -138,8 +157,9 @@ def test_every_way_of_decoding_gives_the_same_with_and_without_cache(options: di
     assert not torch.equal(made[0][:3], model.generate(prompts, **PLAIN))  # the option has an effect
 
 
-def test_padded_prompts_in_a_batch_give_what_each_gives_alone(prompts: Tensor):
-    model = make()
+@pytest.mark.parametrize("name", ["equilibrium", "multiscale"])
+def test_padded_prompts_in_a_batch_give_what_each_gives_alone(name: str, prompts: Tensor):
+    model = MODELS[name]()
     ids, mask = prompts.clone(), torch.ones_like(prompts)
     for row, num_pads in enumerate((3, 0, 1)):
         ids[row, :num_pads], mask[row, :num_pads] = 0, 0
@@ -180,6 +200,15 @@ def test_a_new_token_is_a_solve_over_its_own_position(prompts: Tensor, monkeypat
     steps = cache.num_evaluations[:, 5:].amax(dim=0)
     assert steps.sum() == lengths.count(1)
     assert cache.num_evaluations[:, :5].max() == lengths.count(5)
+
+
+@pytest.mark.parametrize("name", ["equilibrium", "multiscale"])
+def test_a_warm_start_changes_no_token(name: str, prompts: Tensor):
+    model = MODELS[name]()
+    cache = EquilibriumCache(warm_start=True)
+    made = model.generate(prompts, past_key_values=cache, **PLAIN)
+    assert torch.equal(made, model.generate(prompts, **PLAIN))
+    assert cache.layer.start.any()
 
 
 @pytest.mark.parametrize("warm_start", [False, True])
@@ -285,8 +314,9 @@ def test_a_prompt_of_any_length_begins_a_text(length: int):
     assert torch.equal(chunked, cached)
 
 
-def test_a_text_goes_on_after_the_memory_of_a_segment(prompts: Tensor):
-    model = make()
+@pytest.mark.parametrize("name", ["equilibrium", "multiscale"])
+def test_a_text_goes_on_after_the_memory_of_a_segment(name: str, prompts: Tensor):
+    model = MODELS[name]()
     with torch.no_grad():
         memory = model(prompts[:, :3]).memory
     whole = model.generate(prompts, **PLAIN)
@@ -295,8 +325,9 @@ def test_a_text_goes_on_after_the_memory_of_a_segment(prompts: Tensor):
         assert torch.equal(after, whole[:, 3:])
 
 
-def test_guessing_ahead_gives_the_greedy_tokens_and_is_refused_where_the_window_has_moved():
-    model = make(cell={"mem_len": 40})
+@pytest.mark.parametrize("made", [lambda: make(cell={"mem_len": 40}), lambda: multiscale(mem_len=40)])
+def test_guessing_ahead_gives_the_greedy_tokens_and_is_refused_where_the_window_has_moved(made):
+    model = made()
     prompt = torch.tensor([[3, 7, 5, 3, 7, 5, 3, 7]])
     guessing = {"prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 2}
     expected = model.generate(prompt, **PLAIN)

@@ -86,6 +86,7 @@ def test_padding_in_memory_comes_back(tmp_path):
     other.restore(run.save())
     assert torch.equal(other.state.memory.mask, run.state.memory.mask)
     assert not other.state.memory.mask.all()
+    assert torch.equal(other.state.memory.num_tokens, run.state.memory.num_tokens)
 
 
 def test_the_newest_are_kept(tmp_path):
