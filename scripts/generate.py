@@ -3,6 +3,7 @@
 
 import argparse
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -16,7 +17,7 @@ RUN is a run folder, its final/, or one of its checkpoints. --show-compute colou
 evaluations of the cell that predicting it took, from blue (few) to red (many), or writes the number after it where the
 output is no terminal. With --max-evaluations less compute goes into every token, for a worse text.
 
-exit codes: 0 done; 2 a mistake in the call, or no model there; 130 stopped by SIGINT.
+exit codes: 0 done; 2 a mistake in the call, or no model there; 130 stopped by SIGINT; 141 nobody reads its output any more.
 """
 COLOURS = (27, 33, 39, 43, 41, 40, 76, 148, 214, 208, 202, 196)
 """From blue to red, of a terminal's 256."""
@@ -45,6 +46,9 @@ def main() -> int:
     except KeyboardInterrupt:
         print()
         return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to write on exit
+        return 141
 
 
 def _write(arguments: argparse.Namespace) -> int:
@@ -63,6 +67,7 @@ def _write(arguments: argparse.Namespace) -> int:
         print(text, end="", flush=True)
 
     try:
+        _refuse_other_bytes(arguments.prompt)
         decoding = Decoding(
             num_tokens=arguments.num_tokens,
             temperature=arguments.temperature,
@@ -81,6 +86,8 @@ def _write(arguments: argparse.Namespace) -> int:
             model.cuda()  # pyright: ignore[reportCallIssue]  (the library wraps it)
         print(printable(arguments.prompt), end="", flush=True)
         sample = write_text(model, tokenizer, arguments.prompt, decoding, on_text=show)
+    except BrokenPipeError:
+        raise
     except (CheckpointError, DataError, OSError, ValueError) as error:
         print(f"generate: {in_one_line(str(error))}", file=sys.stderr)
         return 2
@@ -93,6 +100,14 @@ def _write(arguments: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     return 0
+
+
+def _refuse_other_bytes(prompt: str) -> None:
+    """Raises ValueError for what the shell has given as bytes that are not UTF-8."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"PROMPT is not UTF-8, from character {error.start} on. Give text in UTF-8.") from error
 
 
 def _numbered(text: str, number: int) -> str:

@@ -203,7 +203,8 @@ class Cell(nn.Module):
             elif isinstance(past, Memory):
                 past = ProjectedMemory(past.project(self.project, f.weights), past.mask, num_tokens=past.num_tokens)
         assert isinstance(past, ProjectedMemory)
-        return replace(past, weights=f.weights).extended(features, self.num_visible)
+        weights = {name: weight.detach() for name, weight in f.weights.items()}
+        return replace(past, weights=weights).extended(features, self.num_visible)
 
 
 def check_inputs(

@@ -77,6 +77,9 @@ def load_model(folder: Path) -> tuple[DEQLMForCausalLM, PreTrainedTokenizerFast]
                 f"{folder}: config.json and model.safetensors do not belong together: {problem.replace('_', ' ')} {shown}. "
                 "Take another checkpoint."
             )
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise CheckpointError(f"{folder}: {name} has values that are not finite. Take another checkpoint.")
     if len(tokenizer) != model.config.vocab_size:
         raise CheckpointError(
             f"{folder}: the tokenizer has {len(tokenizer)} entries and the model {model.config.vocab_size}; they do not "

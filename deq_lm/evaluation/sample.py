@@ -66,8 +66,8 @@ class Decoding:
             raise ValueError(f"top_k={self.top_k}: expected 0 (all tokens) or more.")
         if not 0.0 < self.top_p <= 1.0:
             raise ValueError(f"top_p={self.top_p}: expected a probability in (0, 1]; 1 is all tokens.")
-        if self.max_evaluations is not None and self.max_evaluations < 1:
-            raise ValueError(f"max_evaluations={self.max_evaluations}: expected 1 or more.")
+        if self.max_evaluations is not None and not 1 <= self.max_evaluations <= 2**31:
+            raise ValueError(f"max_evaluations={self.max_evaluations}: expected 1 to 2^31.")
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed={self.seed}: expected 0 to 2^64 - 1.")
 
@@ -108,6 +108,8 @@ def write_text(
         **(drawn if decoding.temperature > 0 else {}),
         max_new_tokens=decoding.num_tokens,
         use_cache=cache is not None,
+        # a window at a time: what a long prompt takes grows with its length, not with the square of it
+        prefill_chunk_size=None if cache is None else model.config.mem_len or None,
         # an id that is never drawn; None would be replaced by the model's own
         eos_token_id=tokenizer.eos_token_id if decoding.stop_at_end else model.config.vocab_size,
         pad_token_id=tokenizer.eos_token_id,

@@ -77,8 +77,10 @@ class PastLayer(CacheLayerMixin):
             ValueError: for a positive number; where tokens have left the window, which would have to come back.
         """
         number = -tokens_to_remove
-        if number < 0:
-            raise ValueError(f"crop({tokens_to_remove}): expected 0 or less, minus the number of tokens to take back.")
+        if not 0 <= number <= self.get_seq_length():
+            raise ValueError(
+                f"crop({tokens_to_remove}): expected minus the number of tokens to take back, of {self.get_seq_length()}."
+            )
         if number == 0:
             return
         if self.memory is None or self.ids is None or self.memory.length < self.get_seq_length():

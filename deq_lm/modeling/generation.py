@@ -9,7 +9,7 @@ from transformers import GenerationMixin
 
 from deq_lm.cells.memory import Past
 from deq_lm.modeling.cache import EquilibriumCache
-from deq_lm.modeling.inputs import check_inputs, unknown_id
+from deq_lm.modeling.inputs import check_inputs, mask_of_new, unknown_id
 
 
 class EquilibriumGenerationMixin(GenerationMixin):
@@ -23,14 +23,17 @@ class EquilibriumGenerationMixin(GenerationMixin):
         `use_cache=False` solves the whole text anew for every token, and is all that an unrolled model can.
 
         Raises:
-            ValueError: for an empty prompt, ids outside the vocabulary, or a cache of another text or kind.
+            ValueError: for an empty prompt, ids outside the vocabulary, a mask of another length, or a cache of another text
+                or kind.
         """
         ids = options.get("input_ids") if inputs is None else inputs
         if ids is not None:
             check_inputs(ids, None, None)
             if ((ids < 0) | (ids >= self.config.vocab_size)).any():
-                raise unknown_id(ids, self.config.vocab_size)
+                raise unknown_id("input_ids", ids, self.config.vocab_size)
             cache, mask = options.get("past_key_values"), options.get("attention_mask")
+            num_past = cache.get_seq_length() if isinstance(cache, EquilibriumCache) else 0
+            mask_of_new(mask, ids, num_past)  # the library would cut a longer one
             whole_text = mask is None or mask.shape[1] == ids.shape[1]  # otherwise these are the new tokens only
             if isinstance(cache, EquilibriumCache) and whole_text:
                 cache.check_text(ids)
@@ -42,6 +45,7 @@ class EquilibriumGenerationMixin(GenerationMixin):
         """The library's, for a text that slides; a memory is the past of its first token only."""
         if past_key_values is not None and past_key_values.get_seq_length() > 0:
             memory = None
+        kwargs.pop("tokenizer", None)  # the library needs it for stop_strings, and hands it on
         inputs = super().prepare_inputs_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
             input_ids, past_key_values=past_key_values, **kwargs
         )

@@ -28,7 +28,7 @@ from deq_lm.modeling.builders import (
 from deq_lm.modeling.cache import EquilibriumCache, check_cache
 from deq_lm.modeling.configuration_deq_lm import DEQLMConfig
 from deq_lm.modeling.generation import EquilibriumGenerationMixin
-from deq_lm.modeling.inputs import check_inputs, unknown_id
+from deq_lm.modeling.inputs import check_inputs, mask_of_new, unknown_id
 from deq_lm.solvers import Solution, StoppingRule
 from deq_lm.stack import Stack
 
@@ -208,8 +208,7 @@ class DEQLMModel(DEQLMPreTrainedModel):
                         "Give memory or past_key_values that have seen tokens, not both: each is the past."
                     )
                 memory, start = layer.memory, layer.start
-            if attention_mask is not None:  # it may be of the whole text
-                attention_mask = attention_mask[:, -input_ids.shape[1] :]
+            attention_mask = mask_of_new(attention_mask, input_ids, layer.get_seq_length())
         check_inputs(input_ids, attention_mask, memory)
         if num_unrolled_steps is not None and (stopping is not None or adjoint is not None):
             raise ValueError(
@@ -222,7 +221,7 @@ class DEQLMModel(DEQLMPreTrainedModel):
         try:
             x = self.embed_tokens(input_ids) * self.config.d_model**0.5  # (B, L, D)
         except IndexError as error:  # on a GPU it is the device that complains
-            raise unknown_id(input_ids, self.config.vocab_size) from error
+            raise unknown_id("input_ids", input_ids, self.config.vocab_size) from error
         key_mask = None if attention_mask is None else attention_mask.bool()
         segment = self.layers(
             x,
@@ -310,7 +309,7 @@ class DEQLMForCausalLM(EquilibriumGenerationMixin, DEQLMPreTrainedModel):
         estimate_jacobian: bool = False,
         return_logits: bool = True,
         return_target_nats: bool = False,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | Tensor = 0,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         **unsupported: Any,
@@ -335,7 +334,7 @@ class DEQLMForCausalLM(EquilibriumGenerationMixin, DEQLMPreTrainedModel):
             estimate_jacobian: also give `DEQLMOutput.jacobian`, for a regularized loss.
             return_logits: False saves their memory; the loss is computed in chunks either way.
             return_target_nats: also give `DEQLMOutput.target_nats`, of targets or labels.
-            logits_to_keep: only the logits of this many last positions; 0 is all.
+            logits_to_keep: only the logits of this many last positions, 0 is all; or indices of the positions, (K,) int64.
             output_hidden_states: also give `DEQLMOutput.hidden_states`.
             return_dict: False gives a tuple of what is not None.
             unsupported: refused, unless None or False.
@@ -352,6 +351,8 @@ class DEQLMForCausalLM(EquilibriumGenerationMixin, DEQLMPreTrainedModel):
                 "max_evaluations, adjoint, num_unrolled_steps, return_logits, return_target_nats, logits_to_keep, "
                 "output_hidden_states."
             )
+        if isinstance(logits_to_keep, int) and logits_to_keep < 0:
+            raise ValueError(f"logits_to_keep={logits_to_keep}: expected 0 (all positions) or more, or indices.")
         if use_cache and past_key_values is None:
             past_key_values = EquilibriumCache()
         for name, given in (("labels", labels), ("targets", targets)):
@@ -380,14 +381,19 @@ class DEQLMForCausalLM(EquilibriumGenerationMixin, DEQLMPreTrainedModel):
         state, embedding, scores = hidden.last_hidden_state, self.model.embed_tokens, {}
         if targets is not None:
             reduction = "none" if return_target_nats else "sum"
-            nats, num_targets = self.lm_head.nll(state, targets, embedding, reduction=reduction)
+            try:
+                nats, num_targets = self.lm_head.nll(state, targets, embedding, reduction=reduction)
+            except IndexError as error:
+                scored = targets.masked_fill(targets == -100, 0)
+                raise unknown_id("labels or targets", scored, self.config.vocab_size) from error
             nll_nats = nats.sum()
             if return_target_nats:
                 scores["target_nats"] = nats
             loss = nll_nats / num_targets.clamp(min=1)
             scores |= {"loss": loss, "nll_nats": nll_nats, "num_targets": num_targets}
         if return_logits:
-            scores["logits"] = self.lm_head.logits(state[:, -logits_to_keep:], embedding).float()
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            scores["logits"] = self.lm_head.logits(state[:, kept], embedding).float()
         output = DEQLMOutput(**hidden, **scores)
         return output.to_tuple() if return_dict is False else output
 

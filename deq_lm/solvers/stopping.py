@@ -100,9 +100,9 @@ class StoppingRule:
     check_every: int = 1
 
     def __post_init__(self) -> None:
-        if self.max_steps < 0:
+        if not 0 <= self.max_steps < 2**31:
             raise ValueError(
-                f"StoppingRule(max_steps={self.max_steps}): expected 0 or more. 0 evaluates f once and returns the start."
+                f"StoppingRule(max_steps={self.max_steps}): expected 0, which evaluates f once, to 2^31 - 1."
             )
         for name in ("rtol", "atol"):
             value = getattr(self, name)

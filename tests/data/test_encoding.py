@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
 from deq_lm.data.encoding import DataConfig, load_prepared, prepare, prepare_into
 from deq_lm.data.text_files import SPLITS
@@ -208,3 +209,10 @@ def test_prepare_data_fails_in_one_line(tmp_path):
 def test_a_misspelt_corpus_or_tokenizer_gets_a_suggestion(folder: Path, tmp_path, config: dict, message: str):
     with pytest.raises((ConfigError, DataError), match=message):
         prepare(DataConfig(**config, data_dir=str(folder), cache_dir=str(tmp_path / "cache")))
+
+
+def test_a_tokenizer_is_saved_with_what_generation_needs(folder, tmp_path):
+    tokenizer = prepare(DataConfig("text", "bpe", 300, str(folder), str(tmp_path / "cache"))).tokenizer
+    tokenizer.save_pretrained(tmp_path / "saved")
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert (loaded.padding_side, loaded.bos_token, loaded.pad_token) == ("left", "<|endoftext|>", "<|endoftext|>")

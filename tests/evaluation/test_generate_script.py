@@ -91,6 +91,45 @@ def test_compute_is_shown_by_numbers_or_in_a_terminal_by_colours(monkeypatch, ca
     assert plain == re.sub(r"\[\d\]", "", shown.out)
 
 
+def test_a_long_prompt_is_solved_a_window_at_a_time(finished: Path):
+    model, tokenizer = load_model(model_folder(finished))
+    lengths = []
+    model.register_forward_pre_hook(
+        lambda _module, _inputs, options: lengths.append(options["input_ids"].shape[1]), with_kwargs=True
+    )
+    sample = write_text(model, tokenizer, "abcd " * 20, Decoding(num_tokens=3))
+    assert max(lengths) == model.config.mem_len
+    assert len(sample.num_evaluations) == 3
+
+
+def test_weights_that_are_not_finite_are_refused_by_name(monkeypatch, capsys, finished: Path, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(finished / "final", broken)
+    model = DEQLMForCausalLM.from_pretrained(broken)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[3, 1] = float("nan")
+    model.save_pretrained(broken)
+    assert call(monkeypatch, broken, "a") == 2
+    assert "model.embed_tokens.weight has values that are not finite" in capsys.readouterr().err
+
+
+def test_a_prompt_that_is_no_text_is_refused_before_anything_is_written(monkeypatch, capsys, finished: Path):
+    assert call(monkeypatch, finished, "ab\udcff") == 2
+    written, error = capsys.readouterr()
+    assert written == ""
+    assert "PROMPT is not UTF-8, from character 2 on" in error
+
+
+def test_when_nobody_reads_on_it_ends_without_a_word(finished: Path):
+    command = [sys.executable, str(SCRIPT), str(finished), "abc", "--num-tokens", "100000", "--past-end"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.read(3) == "abc"
+        process.stdout.close()
+        process.wait(timeout=60)
+        assert process.stderr.read() == ""
+    assert process.returncode == 141
+
+
 def test_control_characters_of_a_text_do_not_reach_the_terminal(monkeypatch, capsys, finished: Path):
     assert call(monkeypatch, finished, "a\x1b[2Jb", "--num-tokens", "1") == 0
     assert "\x1b" not in capsys.readouterr().out
@@ -102,7 +141,8 @@ def test_control_characters_of_a_text_do_not_reach_the_terminal(monkeypatch, cap
         (["--top-p", "0"], "top_p=0.0: expected a probability"),
         (["--temperature", "-1"], "temperature=-1.0: expected 0"),
         (["--num-tokens", "0"], "num_tokens=0: expected 1 or more"),
-        (["--max-evaluations", "0"], "max_evaluations=0: expected 1 or more"),
+        (["--max-evaluations", "0"], "max_evaluations=0: expected 1 to"),
+        (["--max-evaluations", "9" * 20], "99: expected 1 to"),
         (["--top-k", "-1"], "top_k=-1: expected 0"),
         (["--seed", "-1"], "seed=-1: expected 0 to"),
     ],

@@ -201,6 +201,24 @@ def test_ids_outside_the_vocabulary_are_refused_by_name(ids: Tensor, embedding: 
             model(ids)
 
 
+def test_labels_outside_the_vocabulary_are_refused_by_name(ids: Tensor):
+    labels = ids.clone()
+    labels[0, :2] = -100
+    labels[1, 3] = VOCABULARY + 4
+    with pytest.raises(ValueError, match=f"labels or targets have {VOCABULARY + 4}: expected ids from 0"):
+        make()(ids, labels=labels)
+
+
+def test_logits_are_kept_by_number_or_by_place(ids: Tensor):
+    model = make()
+    with torch.no_grad():
+        logits = model(ids).logits
+        assert torch.equal(model(ids, logits_to_keep=2).logits, logits[:, -2:])
+        assert torch.equal(model(ids, logits_to_keep=torch.tensor([0, 5])).logits, logits[:, [0, 5]])
+    with pytest.raises(ValueError, match=r"logits_to_keep=-2: expected 0 \(all positions\) or more"):
+        model(ids, logits_to_keep=-2)
+
+
 @pytest.mark.parametrize(("wrong", "given"), [([[1, 2]], "a list"), (torch.ones(1, 2), "a tensor of torch.float32")])
 def test_ids_of_another_type_are_refused_by_name(wrong, given: str):
     for call in (make(), make().generate):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from deq_lm import DEQLMConfig, DEQLMForCausalLM
 from deq_lm.cells import TransformerXLCell
+from deq_lm.evaluation import load_model, model_folder
 from deq_lm.modeling import EquilibriumCache
 from deq_lm.solvers import StoppingRule
 from deq_lm.training import train
@@ -314,6 +316,46 @@ def test_a_prompt_of_any_length_begins_a_text(length: int):
     assert torch.equal(chunked, cached)
 
 
+def test_a_string_that_ends_a_text_ends_it(finished: Path):
+    model, tokenizer = load_model(model_folder(finished))
+    prompt = tokenizer("ab", return_tensors="pt")["input_ids"]
+    options = {"max_new_tokens": 30, "do_sample": True, "pad_token_id": 0}
+    torch.manual_seed(0)
+    letters = tokenizer.decode(model.generate(prompt, **options)[0, prompt.shape[1] :])
+    end = next(letter for letter in letters[3:] if letter.isalpha())
+    torch.manual_seed(0)
+    made = model.generate(prompt, stop_strings=[end], tokenizer=tokenizer, **options)
+    text = tokenizer.decode(made[0, prompt.shape[1] :])
+    assert end in text
+    assert letters.startswith(text)
+    assert len(text) < len(letters)
+
+
+def test_a_cache_is_a_past_without_a_gradient(prompts: Tensor):
+    model, cache = make(), EquilibriumCache()
+    model(prompts, past_key_values=cache)
+    kept = copy.deepcopy(cache)
+    for _ in range(2):  # one past, whose weights have a gradient of their own each time
+        model(prompts, labels=prompts, past_key_values=copy.deepcopy(cache)).loss.backward()
+    assert kept.get_seq_length() == 5
+
+
+def test_a_mask_is_of_the_new_tokens_or_of_all(prompts: Tensor):
+    model, cache = make(), EquilibriumCache()
+    ones = torch.ones(3, 20, dtype=torch.int64)
+    with torch.no_grad():
+        model(prompts, attention_mask=ones[:, :5], past_key_values=cache)
+        logits = [
+            model(prompts[:, :2], attention_mask=ones[:, :length], past_key_values=copy.deepcopy(cache)).logits
+            for length in (2, 7)
+        ]
+        assert torch.equal(*logits)
+        with pytest.raises(ValueError, match=r"attention_mask of shape \(3, 6\) with 2 tokens after 5"):
+            model(prompts[:, :2], attention_mask=ones[:, :6], past_key_values=cache)
+        with pytest.raises(ValueError, match=r"attention_mask of shape \(3, 20\)"):
+            model.generate(prompts, attention_mask=ones, **PLAIN)
+
+
 @pytest.mark.parametrize("name", ["equilibrium", "multiscale"])
 def test_a_text_goes_on_after_the_memory_of_a_segment(name: str, prompts: Tensor):
     model = MODELS[name]()
@@ -365,7 +407,8 @@ def test_what_cannot_be_continued_is_refused_and_says_what_to_do(prompts: Tensor
         for text in (prompts, another, another[:2]):  # nothing new, one other token, fewer sequences
             with pytest.raises(ValueError, match=r"that have seen 5 tokens of 3 sequences.*a new cache"):
                 model.generate(text, past_key_values=cache, **PLAIN)
-        with pytest.raises(ValueError, match=r"crop\(2\): expected 0 or less"):
-            cache.crop(2)
+        for number in (2, -6):
+            with pytest.raises(ValueError, match=rf"crop\({number}\): expected minus the number .*, of 5"):
+                cache.crop(number)
         with pytest.raises(ValueError, match="memory of 3 sequences"):
             model(prompts[:2], past_key_values=cache)

@@ -72,6 +72,7 @@ def _for_generation(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFa
     """With what the library needs to write with it: prompts of a batch are padded on the left, and the end of one document
     begins the next and stands for padding, unless the tokenizer has tokens for these."""
     tokenizer.padding_side = "left"
+    tokenizer.init_kwargs["padding_side"] = "left"  # of what save_pretrained writes
     for name in ("bos_token", "pad_token"):
         if getattr(tokenizer, name) is None:
             setattr(tokenizer, name, tokenizer.eos_token)
