@@ -23,8 +23,8 @@ class EquilibriumGenerationMixin(GenerationMixin):
         `use_cache=False` solves the whole text anew for every token, and is all that an unrolled model can.
 
         Raises:
-            ValueError: for an empty prompt, ids outside the vocabulary, a mask of another length, a cache of another text or
-                kind.
+            ValueError: for an empty prompt, ids outside the vocabulary, a mask of another length, or a cache of another
+                kind or text.
         """
         ids = options.get("input_ids") if inputs is None else inputs
         if ids is not None:
