@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -16,6 +17,7 @@ from scripts_of_eval import load
 @pytest.fixture
 def multiscale(monkeypatch) -> Iterator[ModuleType]:
     module = load("benchmarks/multiscale")
+    monkeypatch.setattr(module, "ProcessPoolExecutor", ThreadPoolExecutor)  # which sees what is set here
     for name, value in {"DISTANCE": 24, "SEGMENT": 8, "STREAMS": 2, "COPIES": 2}.items():
         monkeypatch.setattr(module, name, value)
     yield module
@@ -23,13 +25,18 @@ def multiscale(monkeypatch) -> Iterator[ModuleType]:
 
 
 def test_every_token_after_the_first_distance_is_asked_for_and_is_the_one_so_far_back(multiscale):
-    pieces = list(multiscale.streams(torch.Generator().manual_seed(0)))
+    pieces = list(multiscale.streams(torch.Generator().manual_seed(0), 24))
     ids, targets = (torch.cat(tensors, dim=1) for tensors in zip(*pieces, strict=True))
     assert ids.shape == (2, 3 * 24)
     assert (targets[:, :23] == -100).all()
     assert torch.equal(targets[:, 23:-1], ids[:, 24:])
     assert torch.equal(targets[:, 23:], ids[:, :-23])
     assert all(len(row.unique()) > 1 for row in ids)
+
+
+def test_training_comes_to_the_distance_by_doubling(multiscale):
+    periods = [multiscale.period_at(i / 16) for i in range(16)]
+    assert periods == [1, 1, 3, 3, 6, 6, 12, 12] + [24] * 8
 
 
 def test_the_cells_have_as_many_parameters_and_the_single_rate_does_no_less_arithmetic(multiscale):
