@@ -31,7 +31,9 @@ def main() -> int:
     from deq_lm.evaluation.comparison import render_pair
 
     try:
-        places = [place / "final" / "evaluation.json" if place.is_dir() else place for place in vars(arguments).values()]
+        places = [
+            place / "final" / "evaluation.json" if place.is_dir() else place for place in vars(arguments).values()
+        ]
         results = [read_record(place, EvaluationResult) for place in places]
         print(render_pair(*results, names=[printable(str(place)) for place in vars(arguments).values()]))
     except (ConfigError, DataError, OSError) as error:

@@ -90,7 +90,7 @@ def test_the_demo_says_whether_it_beats_the_bigram():
 def test_the_committed_report_is_of_the_committed_results(tmp_path):
     """As `make report` makes it; plots aside, which another version of matplotlib may draw otherwise."""
     makefile = (ROOT / "Makefile").read_text("utf-8")
-    (places,) = re.findall(r"^COMPARED := (.+)$", makefile, flags=re.MULTILINE)
+    places, cells = re.findall(r"^(?:COMPARED|CELLS) := (.+)$", makefile, flags=re.MULTILINE)
     titles = re.findall(r'--title "(.+)"', makefile)
     measurements = read_measurements([ROOT / place for place in places.split()])
     write_report(measurements, read_published(ROOT / "eval/reference/published.yaml"), tmp_path, title=titles[0])
@@ -101,4 +101,6 @@ def test_the_committed_report_is_of_the_committed_results(tmp_path):
     ablations = read_measurements([ROOT / "eval/results/ablations"])
     notes = read_yaml(ROOT / "eval/results/ablations/notes.yaml")
     write_markdown(ablations, tmp_path / "ABLATIONS.md", title=titles[1], notes=notes)
-    assert (tmp_path / "ABLATIONS.md").read_text("utf-8") == (ROOT / "eval/results/ABLATIONS.md").read_text("utf-8")
+    write_markdown(read_measurements([ROOT / place for place in cells.split()]), tmp_path / "CELLS.md", title=titles[2])
+    for name in ("ABLATIONS.md", "CELLS.md"):
+        assert (tmp_path / name).read_text("utf-8") == (ROOT / "eval" / "results" / name).read_text("utf-8"), name
