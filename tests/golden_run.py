@@ -20,7 +20,8 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from tiny_run import make_recipe, make_state, one_step
 
-from deq_lm.training.checkpoint import Identity, TrainingState, save
+from deq_lm.training.checkpoint import TrainingState, save
+from deq_lm.training.identity import Identity
 from deq_lm.training.recipe import Recipe
 
 GOLDEN = Path(__file__).resolve().parent / "golden"

@@ -177,4 +177,9 @@ def _by_recipe(name: str, path: str, overrides: Sequence[str], seed: int, runs: 
             raise CheckpointError(
                 f"{run.path}: is of another recipe ({'; '.join(there)}). Give the same settings, or another --runs."
             )
+    elif run.final.exists():
+        raise CheckpointError(
+            f"{run.path}: has a final model and no {run.recipe.name}, so that nobody knows what it was trained by. Remove "
+            "the folder, or give another --runs."
+        )
     return Subject(name, recipe, run)

@@ -22,7 +22,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,43 +34,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from deq_lm.cells.memory import Memory
 from deq_lm.data.streams import ContiguousStreams
 from deq_lm.errors import CheckpointError
-from deq_lm.modeling import DEQLMConfig, DEQLMForCausalLM
-from deq_lm.modeling.configuration_deq_lm import ModelSettings
-from deq_lm.structure import build, differences, to_mapping
+from deq_lm.modeling import DEQLMForCausalLM
+from deq_lm.structure import build, to_mapping
 from deq_lm.training.durable import begin_folder, publish_folder, remove_folder, write_text
 from deq_lm.training.faults import Account
+from deq_lm.training.identity import Identity, refuse_differences
 from deq_lm.training.random_state import random_state_of_all, set_random_state, try_random_state
 from deq_lm.training.sharding import load_optimizer_state, load_weights, whole_model, whole_optimizer_state
 from deq_lm.training.tracking import Interval
 
 MANIFEST = "manifest.json"
-
-MAY_CHANGE = (
-    "num_processes",
-    "recipe.name",
-    "recipe.model",
-    "recipe.data.data_dir",
-    "recipe.data.cache_dir",
-    "recipe.training.output_dir",
-    "recipe.training.max_steps",
-    "recipe.training.phases",
-    "recipe.training.faults",
-    "recipe.training.log_every",
-    "recipe.training.evaluate_every",
-    "recipe.training.checkpoint_every",
-    "recipe.training.keep_checkpoints",
-    "recipe.training.track",
-    "recipe.evaluation",
-)
-"""Settings a run may be continued with another value of: they decide no update of the weights, or are meant to be raised
-(max_steps), or to be given up (faults: the policy that has ended a run), or are compared in another form (the model by its
-configuration, the data by a fingerprint, the phases by the steps they end at). `restore` says what another number of
-processes means."""
 
 logger = logging.getLogger(__name__)
 
@@ -118,26 +96,6 @@ class TrainingState:
     memory: Memory | None = None
     progress: Progress = field(default_factory=Progress)
     interval: Interval = field(default_factory=Interval)
-
-
-@dataclass(frozen=True)
-class Identity:
-    """What a run must have in common with the checkpoint it continues from."""
-
-    recipe: Mapping[str, Any]
-    model_config: Mapping[str, Any]
-    data_fingerprint: str
-    num_processes: int
-    phases: tuple[Mapping[str, Any], ...] = ()
-
-
-def comparable_config(config: PreTrainedConfig) -> dict[str, Any]:
-    """A model's configuration with all defaults filled in, without what the library writes about itself."""
-    found = {name: getattr(config, name) for name in _CONFIG}
-    return {**found, "evaluation_stopping": found["evaluation_stopping"] or found["stopping"]}
-
-
-_CONFIG = ("vocab_size", *(setting.name for setting in fields(ModelSettings)))
 
 
 def save(
@@ -272,15 +230,12 @@ def _read_shared(path: Path, state: TrainingState, identity: Identity) -> _Share
     """Raises CheckpointError, naming file and place, for anything that could not be loaded into `state`."""
     with _named(path / "state.json"):
         content = _read_json(path / "state.json")
-        saved = build(Identity, content["identity"], "identity")
+        saved = build(Identity, content["identity"], "identity").with_defaults()
         progress = build(Progress, content["progress"], "progress")
         schedule, current = content["schedule"], state.schedule.state_dict()
         if not isinstance(schedule, dict) or _layout(schedule) != _layout(current):
             raise ValueError("schedule: is of another kind")
-        # A setting that there was not yet when it was saved has the value by default.
-        known = {name: saved.model_config[name] for name in _CONFIG if saved.model_config.get(name) is not None}
-        saved = replace(saved, model_config={**saved.model_config, **comparable_config(DEQLMConfig(**known))})
-    _refuse_differences(path, saved, identity)
+    refuse_differences(path, saved, identity)
     with _named(path / "model.safetensors"):
         with safe_open(path / "model.safetensors", "pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
@@ -470,12 +425,3 @@ def _save_pickle(content: Any, path: Path) -> None:
     except RuntimeError as error:  # what PyTorch's own writer raises on a full disk
         reason = str(error).partition("\n")[0]
         raise OSError(f"{path.name}: PyTorch could not write it, as on a full disk: {reason}") from error
-
-
-def _refuse_differences(path: Path, saved: Identity, current: Identity) -> None:
-    found = differences(to_mapping(saved), to_mapping(current), MAY_CHANGE)
-    if found:
-        raise CheckpointError(
-            f"{path}: belongs to another run ({'; '.join(found)}); give the settings it was written with, "
-            "or begin a new run in another training.output_dir."
-        )

@@ -31,9 +31,10 @@ from deq_lm.modeling import DEQLMForCausalLM, build_config
 from deq_lm.modeling.builders import build_stopping
 from deq_lm.structure import to_mapping
 from deq_lm.training import checkpoint, sharding
-from deq_lm.training.checkpoint import Identity, TrainingState
+from deq_lm.training.checkpoint import TrainingState
 from deq_lm.training.durable import begin_folder, publish_folder
 from deq_lm.training.faults import describe_account, describe_faults, give_up
+from deq_lm.training.identity import Identity, comparable_config
 from deq_lm.training.optimizer import make_optimizer
 from deq_lm.training.phases import comparable_phases, stretches
 from deq_lm.training.process import StopSignal, check_processes
@@ -119,7 +120,7 @@ def _train(recipe: Recipe, resume: bool, held: ExitStack) -> int | None:
     state = TrainingState(model, optimizer, schedule, streams)
     identity = Identity(
         recipe=to_mapping(recipe),
-        model_config=checkpoint.comparable_config(model.config),
+        model_config=comparable_config(model.config),
         data_fingerprint=corpus.fingerprint,
         num_processes=accelerator.num_processes,
         phases=comparable_phases(settings.phases, settings.num_schedule_steps),

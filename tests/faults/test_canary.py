@@ -81,7 +81,7 @@ def test_after_300_steps_none_is_below_chance(canary, solver: str, adjoint: str,
 def test_a_planted_leak_is_found_within_300_steps(canary, monkeypatch):
     monkeypatch.setattr(canary, "SCORED", 1024)
     model = planted(canary, solver_steps=5, seed=0)
-    score = canary.train_and_score(model, num_steps=150, seed=0, recorded=True)
+    score = canary.train_and_score(model, num_steps=150, seed=0)
     assert not score.is_honest
     assert score.nats < canary.FLOOR - 0.02
 
@@ -90,5 +90,5 @@ def test_a_planted_leak_is_found_within_300_steps(canary, monkeypatch):
 @pytest.mark.parametrize("seed", [0, 1])
 def test_whole_sequence_broyden_trained_through_its_steps_reads_ahead(canary, seed: int):
     model = planted(canary, solver_steps=5, seed=seed)
-    score = canary.train_and_score(model, num_steps=canary.NUM_STEPS, seed=seed, recorded=True)
+    score = canary.train_and_score(model, num_steps=canary.NUM_STEPS, seed=seed)
     assert score.nats < canary.FLOOR - 0.1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,13 @@ def test_a_run_of_another_recipe_is_not_taken_for_this_one(recipes, subjects):
         subjects_of(
             suite_of(recipes), models=["equilibrium"], seeds=[1], overrides=["training.optimizer.lr=0.02"], runs=runs
         )
+
+
+def test_a_finished_run_without_its_recipe_is_not_taken_for_any(recipes, subjects, tmp_path):
+    run = shutil.copytree(subjects[0].run.path, tmp_path / "equilibrium_1")
+    (run / "recipe.yaml").unlink()
+    with pytest.raises(CheckpointError, match=r"has a final model and no recipe\.yaml.*Remove the folder"):
+        subjects_of(suite_of(recipes), models=["equilibrium"], seeds=[1], runs=tmp_path)
 
 
 def test_a_model_without_a_finished_run_says_so(recipes, tmp_path):
