@@ -13,7 +13,8 @@ The vocabulary is the recipe's data.vocab_size unless --vocab-size is given, whi
 a line for the stack of that many layers, without injection, that has as many parameters as the recipe's model: its width is
 the same, its inner width is solved for.
 
-exit codes: 0 done; 2 a mistake in the call or a recipe, or no stack matches within 0.5 %.
+exit codes: 0 done; 2 a mistake in the call or a recipe, or no stack matches within 0.5 %; 130 stopped by
+SIGINT.
 """
 
 

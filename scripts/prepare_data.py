@@ -13,7 +13,7 @@ EPILOG = """examples:
 DIR holds wiki.{train,valid,test}.tokens for WikiText (which otherwise comes from the hub), and {train,valid,test}.txt or
 .txt.xz for `text`. A recipe takes the result as `data.corpus=prepared data.data_dir=OUTPUT`.
 
-exit codes: 0 done; 2 a mistake in the call or the data. OUTPUT is written whole or not at all.
+exit codes: 0 done; 2 a mistake in the call or the data; 130 stopped by SIGINT. OUTPUT is written whole or not at all.
 """
 
 

@@ -76,3 +76,19 @@ def test_a_mistake_is_told_in_one_line(script, monkeypatch, capsys, tmp_path):
     assert output.err.count("\n") == 1
     assert "missing" in output.err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("script", "work"),
+    [
+        ("scripts/prepare_data.py", "deq_lm.data.encoding.prepare_into"),
+        ("scripts/count_parameters.py", "deq_lm.training.load_recipe"),
+    ],
+)
+def test_an_interruption_ends_it_with_130_and_without_a_traceback(script: str, work: str, monkeypatch, capsys):
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(work, interrupted)
+    assert call(monkeypatch, script, *MISTAKES[script]) == 130
+    assert capsys.readouterr().err == ""

@@ -9,7 +9,7 @@ later moves would change its image; one that diverges, or has no steps left, is 
 Where the tolerance is finer than f's numbers (1e-3 in bfloat16) no unit converges, and the residual ends in noise, whose
 records go on improving by a few per cent for as long as one waits. There, once the residual is no larger than 1.5 times the
 spacing of f's numbers (`norms.spacing`), a unit stalls at the fifth step if the four before it have not halved it, and what
-it then wins by chance does not bring it back. The tolerance being out of reach, this gives no solution away.
+it then wins by chance does not bring it back. So does a solve that still converges, but by less than half in four steps.
 """
 
 from __future__ import annotations
