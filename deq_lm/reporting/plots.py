@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -240,6 +241,74 @@ def frontier(measurements: Measurements) -> dict[str, dict[str, Any]]:
     }
 
 
+@dataclass(frozen=True)
+class ScalePoint:
+    """One model of a `family`.
+
+    Attributes:
+        tokens: trained on.
+        nats: per token of the test text, mean over the runs.
+        operations: of its training; None where its cost was not measured.
+    """
+
+    tokens: int
+    nats: float
+    operations: float | None
+
+
+def families(measurements: Measurements) -> dict[tuple[str, int], list[ScalePoint]]:
+    """Models of one depth and number of parameters that differ in the tokens they were trained on, of the first text.
+
+    Empty if no two do. Of several that were trained on as many tokens the first to be measured counts.
+    """
+    results = next(iter(measurements.texts().values()), [])
+    cost = measurements.first(CostResult)
+    flops = {row.model: row.training_flops for row in (cost.rows if cost else ())}
+    depths = {model_name(result): result.model["depth"] for result in results}
+    order = list(depths)
+    found: dict[tuple[str, int], dict[int, ScalePoint]] = {}
+    for row in sorted(compare(results) if results else (), key=lambda row: order.index(row.name)):
+        if (tokens := row.training_tokens) is not None:
+            operations = flops[row.name] * tokens if row.name in flops else None
+            point = ScalePoint(tokens, row.nats_per_token, operations)
+            found.setdefault((depths[row.name], row.parameters.total), {}).setdefault(tokens, point)
+    if all(len(points) < 2 for points in found.values()):
+        return {}
+    return {family: [points[tokens] for tokens in sorted(points)] for family, points in sorted(found.items())}
+
+
+def loss_against_scale(measurements: Measurements) -> Figure | None:
+    """Test loss against tokens and, where costs were measured, against operations: a line for each family."""
+    lines = families(measurements)
+    if not lines:
+        return None
+    has_costs = any(point.operations is not None for points in lines.values() for point in points)
+    figure, panels = _figure(2 if has_costs else 1, height=3.8)
+    depths = list(dict.fromkeys(depth for depth, _ in lines))
+    sizes = sorted({size for _, size in lines})
+    for (depth, size), points in lines.items():
+        style = {
+            "color": COLORS[depths.index(depth) % len(COLORS)],
+            "marker": _MARKERS[sizes.index(size) % len(_MARKERS)],
+            "markersize": 4,
+            "linewidth": 1.0,
+        }
+        panels[0].plot([p.tokens / 1e6 for p in points], [p.nats for p in points], label=f"{depth}, {size:,}", **style)
+        known = [(p.operations / 1e12, p.nats) for p in points if p.operations is not None]
+        if known:
+            panels[1].plot(*zip(*known, strict=True), **style)
+    for axes, label in zip(panels, ("tokens trained on, millions", "10^12 operations of training"), strict=False):
+        _axes(axes, label, "test loss, nats per token" if axes is panels[0] else None)
+        axes.set_xscale("log")
+    _plain_ticks(panels[0], sorted({round(p.tokens / 1e6, 1) for points in lines.values() for p in points}))
+    panels[0].legend(frameon=False, fontsize=7)
+    return figure
+
+
+_MARKERS = ("o", "s", "^", "D", "v", "P")
+"""One a size."""
+
+
 def own_memory(measurements: Measurements, name: str, results: Iterable[EvaluationResult]) -> StepMemory | None:
     """The step of a model as it was trained: with its number of layers or budget, or the next above that was measured.
 
@@ -302,6 +371,10 @@ PLOTS: Mapping[str, tuple[Callable[[Measurements], Figure | None], str]] = {
         contraction_over_training,
         "The cell's Jacobian at its equilibria over training. Above 1 plain iteration does not converge.",
     ),
+    "loss_against_scale": (
+        loss_against_scale,
+        "Test loss against the tokens of training and its operations, by depth and number of parameters.",
+    ),
     "cost_frontier": (cost_frontier, "Test loss against the operations of training, and against activations."),
 }
 """By name: what draws it, and what it shows."""
@@ -319,8 +392,8 @@ def _axes(axes: Axes, x: str, y: str | None) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _plain_ticks(axes: Axes, ticks: Sequence[int]) -> None:
-    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+def _plain_ticks(axes: Axes, ticks: Sequence[float]) -> None:
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
 
 

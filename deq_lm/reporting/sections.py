@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from deq_lm.evaluation import EvaluationResult, compare, is_best_by_evidence, model_name, paired_difference
 from deq_lm.evaluation.records import Record
 from deq_lm.reporting.measurements import Measurements
-from deq_lm.reporting.plots import PLOTS, own_memory
+from deq_lm.reporting.plots import PLOTS, ScalePoint, families, own_memory
 from deq_lm.reporting.published import Published
 from deq_lm.structure import differences
 from deq_lm.suites import DECIDES_NO_WEIGHT, ConvergenceResult, CostResult, MemoryResult
@@ -69,6 +69,7 @@ def sections_of(
         _differences(measurements, notes),
         _published(published),
         _memory(measurements),
+        _scale(measurements),
         _learning(measurements),
         _compute(measurements),
         _convergence(measurements),
@@ -252,6 +253,29 @@ def _memory(measurements: Measurements) -> Section | None:
     return Section(
         "Memory of a training step", [text], tables, _plots(measurements, "memory_against_depth", "memory_parts")
     )
+
+
+def _scale(measurements: Measurements) -> Section | None:
+    lines = families(measurements)
+    if not lines:
+        return None
+    budgets = sorted({point.tokens for points in lines.values() for point in points})
+
+    def rows(value: Callable[[ScalePoint], str]) -> list[Row]:
+        return [
+            {"depth": depth, "parameters": f"{size:,}"}
+            | {f"{tokens / 1e6:.2g} M tokens": "-" for tokens in budgets}
+            | {f"{point.tokens / 1e6:.2g} M tokens": value(point) for point in points}
+            for (depth, size), points in lines.items()
+        ]
+
+    tables = [Table("test loss, nats per token", rows(lambda point: _number(point.nats, ".3f")))]
+    if any(point.operations is not None for points in lines.values() for point in points):
+        tables.append(
+            Table("10^12 operations of training", rows(lambda point: _number(point.operations, ",.1f", 1e12)))
+        )
+    text = "Every number of tokens has a schedule of its own, whose rate falls to its end."
+    return Section("Scale", [text], tables, _plots(measurements, "loss_against_scale"))
 
 
 def _learning(measurements: Measurements) -> Section | None:
