@@ -28,7 +28,12 @@ def main() -> int:
         prog="eval/run.py", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("suite", help="one of eval/suites, or a YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings to replace in all recipes")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="section.key=value",
+        help="settings to replace in all recipes; what a model of the suite sets for itself stays",
+    )
     parser.add_argument(
         "--models",
         nargs="+",

@@ -125,7 +125,7 @@ def subjects_of(
         suite: the models.
         models: names of some of them; or recipes (.yaml) or run folders, in place of them, as PATH or NAME=PATH.
         seeds: instead of the suite's; a run folder has its own.
-        overrides: settings to replace in every recipe, after the suite's.
+        overrides: settings to replace in every recipe, after the suite's; what a model of the suite sets for itself stays.
         runs: the folder whose NAME_SEED are the runs of models given by a recipe.
 
     Raises:
@@ -140,7 +140,7 @@ def subjects_of(
     found = []
     for name, model in chosen:
         if isinstance(model, ModelConfig):
-            settings = [*suite.overrides, *model.overrides, *overrides]
+            settings = [*suite.overrides, *overrides, *model.overrides]
             found += [_by_recipe(name, model.recipe, settings, seed, runs) for seed in seeds or suite.seeds]
         else:
             recipe = load_recipe(model / "recipe.yaml", overrides)

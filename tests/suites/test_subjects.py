@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,18 @@ def test_every_model_has_every_seed_and_a_run_folder_of_its_own(recipes, tmp_pat
     assert [subject.run.path for subject in found] == [tmp_path / subject.label for subject in found]
     assert all(subject.recipe.training.max_steps == 5 and not subject.is_trained for subject in found)
     assert [subject.recipe.seed for subject in found] == [3, 4, 3, 4]
+
+
+def test_what_a_model_of_a_suite_sets_for_itself_is_not_replaced(recipes, tmp_path):
+    longer = ModelConfig(str(recipes["unrolled"]), ("training.max_steps=7",))
+    suite = suite_of(recipes)
+    suite = replace(suite, models={**suite.models, "longer": longer})
+    found = subjects_of(suite, overrides=["training.max_steps=5"], runs=tmp_path)
+    assert {subject.name: subject.recipe.training.max_steps for subject in found} == {
+        "equilibrium": 5,
+        "unrolled": 5,
+        "longer": 7,
+    }
 
 
 def test_models_are_chosen_by_name_recipe_or_run_folder(recipes, subjects, tmp_path):
