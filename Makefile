@@ -9,6 +9,8 @@ RUN    := runs/demo_cpu_$(shell date +%Y%m%d_%H%M%S)
 OF_NEWEST := transformers|tokenizers|huggingface_hub|hf-xet|httpcore2|httpx2|click|typer
 
 COMPARED := eval/results/compare_wikipedia eval/results/peak_memory_published.json
+SCALING := eval/results/scaling $(wildcard eval/results/ablations/evaluation_equilibrium_?.json) \
+    $(wildcard eval/results/ablations/evaluation_unrolled_regularized_lr_8_?.json) $(wildcard eval/results/ablations/evaluation_untied_?.json)
 CELLS := eval/results/demo_cpu.json eval/results/demo_cpu_monotone.json eval/results/demo_cpu_multiscale.json eval/results/cells
 
 .DEFAULT_GOAL := help
@@ -27,10 +29,11 @@ demo: $(READY)   ## train, evaluate and audit a small DEQ language model on buil
 	    --num_cpu_threads_per_process $(shell getconf _NPROCESSORS_ONLN) \
 	    scripts/train_lm.py recipes/demo_cpu.yaml training.output_dir=$(RUN)
 
-report: $(READY) ## eval/report, ABLATIONS.md, CELLS.md and the numbers of README.md, from the committed results
+report: $(READY) ## eval/report, ABLATIONS.md, CELLS.md and the numbers of the READMEs, from the committed results
 	$(BIN)/python eval/report.py $(COMPARED) --output eval/report --title "Equilibrium and rivals on 21 million words"
 	$(BIN)/python eval/report.py eval/results/ablations --notes eval/results/ablations/notes.yaml \
 	    --markdown eval/results/ABLATIONS.md --title "What the equilibrium's loss depends on"
+	$(BIN)/python eval/report.py $(SCALING) --output eval/report/scaling --title "Loss by size, tokens and operations"
 	$(BIN)/python eval/report.py $(CELLS) --markdown eval/results/CELLS.md --title "Three cells on the demo's text"
 	$(BIN)/python scripts/fill_readme.py
 
