@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from deq_lm.errors import CheckpointError, DataError
-from deq_lm.evaluation import EvaluationResult, evaluate, write_record
+from deq_lm.evaluation import EvaluationResult, evaluate, read_record, write_record
 from deq_lm.evaluation.records import Record
 from deq_lm.structure import to_mapping
 from deq_lm.suites.config import Suite
@@ -90,7 +90,11 @@ def train_run(subject: Subject) -> None:
 
 
 def evaluate_subject(subject: Subject, split: str) -> EvaluationResult:
-    """All that `evaluate` measures, named as in the suite."""
+    """All that `evaluate` measures, named as in the suite: what the run has measured at its end, if it is of that split."""
+    recipe = to_mapping(replace(subject.recipe, name=subject.name))
+    own = _evaluation_of_run(subject)
+    if own is not None and (own.split, own.evaluation, own.seed) == (split, subject.recipe.evaluation, subject.seed):
+        return replace(own, location=str(subject.run.path), recipe=recipe)
     AcceleratorState._reset_state()
     accelerator = Accelerator()
     result = evaluate(
@@ -100,8 +104,15 @@ def evaluate_subject(subject: Subject, split: str) -> EvaluationResult:
         split=split,
         seed=subject.seed,
         location=str(subject.run.path),
-        recipe=to_mapping(replace(subject.recipe, name=subject.name)),
+        recipe=recipe,
         accelerator=accelerator,
     )
     assert result is not None  # one process
     return result
+
+
+def _evaluation_of_run(subject: Subject) -> EvaluationResult | None:
+    try:
+        return read_record(subject.run.final / "evaluation.json", EvaluationResult)
+    except DataError:  # none, or of another version
+        return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from tiny_run import metrics
 from deq_lm.evaluation import EvaluationResult, read_record
 from deq_lm.suites import LearningResult
 from deq_lm.suites.learning import read_learning
+from deq_lm.suites.run import evaluate_subject
 
 SCRIPT = Path(__file__).resolve().parents[2] / "eval" / "run.py"
 
@@ -63,6 +65,21 @@ def test_a_suite_trains_what_is_missing_and_measures_all(monkeypatch, recipes, t
     assert call(monkeypatch, *arguments, "--models", "unrolled") == 0
     assert "training unrolled" not in capfd.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in runs.rglob("*") if path.is_file()} == before
+
+
+def test_what_a_run_has_measured_at_its_end_is_not_measured_again(monkeypatch, subjects):
+    def refuse(*_, **__):
+        raise AssertionError("measured")
+
+    subject = subjects[1]
+    own = read_record(subject.run.final / "evaluation.json", EvaluationResult)
+    monkeypatch.setattr("deq_lm.suites.run.evaluate", refuse)
+    taken = evaluate_subject(replace(subject, name="renamed"), "test")
+    assert taken == replace(own, location=str(subject.run.path), recipe={**own.recipe, "name": "renamed"})
+    other = replace(subject.recipe, evaluation=replace(subject.recipe.evaluation, mem_len=0))
+    for changed, split in ((subject, "valid"), (replace(subject, recipe=other), "test")):
+        with pytest.raises(AssertionError, match="measured"):
+            evaluate_subject(changed, split)
 
 
 def test_learning_is_what_the_run_has_logged(subjects):
