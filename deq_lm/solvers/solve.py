@@ -126,7 +126,9 @@ class _Run:
         """Put units back to their best points and evaluate f there, which together they need, once more."""
         if units.any():
             point = hold(units, self.best_point, self.state.point)
-            self.state = SolverState(point, self.f(point), self.state.num_evaluations + 1)
+            and_later_ones = units.cumsum(dim=1) > 0  # what nothing was put back before keeps its image to the bit
+            image = hold(and_later_ones, self.f(point), self.state.image)
+            self.state = SolverState(point, image, self.state.num_evaluations + 1)
             extra = units.any(dim=1, keepdim=True).int()
             self.progress = replace(self.progress, num_evaluations=self.progress.num_evaluations + extra)
 

@@ -12,7 +12,7 @@ Those tests that are in this file try the faulty design as well, in a few lines,
     tests/solvers/test_peer_faults.py::test_an_infinite_iterate_is_replaced_by_the_best_one
     tests/solvers/test_peer_faults.py::test_a_sequence_that_is_nan_costs_the_others_no_evaluation_and_is_reported
     tests/solvers/test_contract.py::test_a_value_that_turns_nan_midway_leaves_a_finite_state_and_says_so
-    tests/solvers/test_contract.py::test_a_sequence_that_fails_does_not_touch_the_others
+    tests/solvers/test_contract.py::test_sequences_that_fail_do_not_touch_the_others
 3. A ridge or a tolerance with a unit: gradients of a small loss degenerate.
     tests/solvers/test_peer_faults.py::test_the_adjoint_equation_is_solved_as_well_for_a_loss_of_any_size
     tests/solvers/test_properties.py::test_scaling_by_a_power_of_two_scales_every_bit

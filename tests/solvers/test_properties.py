@@ -175,3 +175,33 @@ def test_scaling_by_a_power_of_two_scales_every_bit(
         assert torch.equal(getattr(scaled, fact), getattr(plain, fact) * scale), fact
     for fact in ("outcome", "num_steps", "num_evaluations", "position_num_steps"):
         assert torch.equal(getattr(scaled, fact), getattr(plain, fact)), fact
+
+
+@every_solver
+@pytest.mark.parametrize("rtol", [1e-2, 1e-4])
+def test_of_a_hundred_maps_of_any_strength_what_is_reported_is_so_in_double_precision(
+    solver: FixedPointSolver, rtol: float
+):
+    """Each sequence has weights of its own, from weak to far too strong, half of them without a bound on the values."""
+    generator = torch.Generator().manual_seed(SOLVERS.index(solver))
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    strength = torch.logspace(-1, 0.5, 100)[:, None, None]
+    own, past, x = strength * normal(100, 5, 5), strength * normal(100, 5, 5), normal(100, 6, 5)
+    bounded = (torch.arange(100) % 2 == 0)[:, None, None]
+
+    def f(z: Tensor) -> Tensor:
+        means = z.cumsum(dim=1) / torch.arange(1, 7)[:, None]
+        image = 0.3 * (z @ own.to(z) + means @ past.to(z)) + x.to(z)
+        return torch.where(bounded, image.tanh(), image)
+
+    solution = solve(f, torch.zeros_like(x), solver=solver, stopping=StoppingRule(max_steps=40, rtol=rtol))
+    z = solution.z.double()
+    image = f(z)
+    relative = (image - z).flatten(1).norm(dim=1) / image.flatten(1).norm(dim=1)
+    assert z.isfinite().all()
+    assert (relative[solution.converged] <= 1.05 * rtol).all()
+    torch.testing.assert_close(solution.relative_residual.double(), relative, rtol=0.1, atol=0)
+    assert 10 < solution.converged.sum() < 100
