@@ -318,6 +318,28 @@ def test_the_sequence_scope_does_leak_so_that_the_test_above_can_fail(solver: Fi
     assert not torch.equal(*outputs)
 
 
+@pytest.mark.parametrize(
+    "solver", [Picard(), Reversible(), Anderson(), Broyden(), Broyden(scope="sequence")], ids=describe
+)
+def test_of_several_fixed_points_a_prefix_finds_the_same_whatever_follows(solver: FixedPointSolver):
+    """No tolerance helps where there are several: with sums over whole sequences two converged solves differ by up to 2."""
+    generator = torch.Generator().manual_seed(0)
+    first, second = (0.5 * torch.randn(60, 6, 4, dtype=torch.float64, generator=generator) for _ in range(2))
+    second[:, :3] = first[:, :3]
+    rule = StoppingRule(max_steps=400, rtol=1e-10, patience=100)
+    solutions = [
+        solve(lambda z, x=x: (2.0 * z + 0.4 * z.cumsum(1) / 6 + x).tanh(), 0 * x, solver=solver, stopping=rule)
+        for x in (first, second)
+    ]
+    converged = solutions[0].converged & solutions[1].converged
+    distance = (solutions[0].z - solutions[1].z)[:, :3].abs().amax(dim=(1, 2))
+    assert converged.sum() > 40
+    if solver.scope == "prefix":
+        assert (distance == 0).all()
+    else:
+        assert (distance[converged] > 1.0).any()
+
+
 ACCELERATED = [Anderson(), Anderson(scope="sequence"), Broyden(), Broyden(scope="sequence")]
 
 
