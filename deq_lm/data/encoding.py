@@ -25,7 +25,7 @@ from deq_lm.data.documents import Documents, read_documents, write_documents
 from deq_lm.data.split_encoding import SplitCounts, encode_split
 from deq_lm.data.text_files import SPLITS, file_digest
 from deq_lm.data.token_file import TokenWriter, read_tokens
-from deq_lm.data.tokenizers import TOKENIZER_KINDS, load_tokenizer, train_tokenizer, vocabulary_hash
+from deq_lm.data.tokenizers import TOKENIZER_KINDS, load_tokenizer, save_tokenizer, train_tokenizer, vocabulary_hash
 from deq_lm.errors import ConfigError, DataError
 from deq_lm.structure import build, nearest
 
@@ -271,7 +271,7 @@ def _fill(config: DataConfig, corpus: Corpus, folder: Path) -> None:
         tokenizer = train_tokenizer(config.tokenizer, corpus, config.vocab_size)
     else:
         tokenizer = load_tokenizer(config.tokenizer)
-    tokenizer.save_pretrained(folder / "tokenizer")
+    save_tokenizer(tokenizer, folder / "tokenizer")
     splits, digests = {}, []
     for name in SPLITS:
         documents = corpus.splits[name].documents

@@ -30,8 +30,8 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedTokenizerBase
@@ -42,6 +42,7 @@ from deq_lm.errors import CheckpointError
 from deq_lm.modeling import DEQLMForCausalLM
 from deq_lm.structure import build, to_mapping
 from deq_lm.training.durable import begin_folder, publish_folder, remove_folder, write_text
+from deq_lm.training.export import save_model, save_pickle, save_tensors
 from deq_lm.training.faults import Account
 from deq_lm.training.identity import Identity, refuse_differences
 from deq_lm.training.random_state import random_state_of_all, set_random_state, try_random_state
@@ -131,7 +132,7 @@ def save(
                 if old.name != best:
                     remove_folder(old)
         accelerator.wait_for_everyone()
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise CheckpointError(
             f"{path}: could not be written ({error}); the checkpoints before it are intact. Free some space, "
@@ -393,9 +394,8 @@ def _write_shared_files(
     identity: Identity,
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    _save_pickle(optimizer, folder / "optimizer.pt")
+    save_model(folder, model, tokenizer)
+    save_pickle(folder / "optimizer.pt", optimizer)
     shared = {
         "identity": to_mapping(identity),
         "progress": to_mapping(state.progress),
@@ -410,18 +410,10 @@ def _write_own_files(folder: Path, state: TrainingState, rank: int) -> None:
         for name in ("z", "x", "mask", "num_tokens"):
             if (tensor := getattr(state.memory, name)) is not None:
                 tensors[f"memory.{name}"] = tensor.contiguous()
-    save_file(tensors, folder / f"rank_{rank:05d}.safetensors")
+    save_tensors(folder / f"rank_{rank:05d}.safetensors", tensors)
     own = {
         "streams": state.streams.state_dict(),
         "interval": to_mapping(state.interval),
         "random": random_state,
     }
     write_text(folder / f"rank_{rank:05d}.json", json.dumps(own))
-
-
-def _save_pickle(content: Any, path: Path) -> None:
-    try:
-        torch.save(content, path)
-    except RuntimeError as error:  # what PyTorch's own writer raises on a full disk
-        reason = str(error).partition("\n")[0]
-        raise OSError(f"{path.name}: PyTorch could not write it, as on a full disk: {reason}") from error

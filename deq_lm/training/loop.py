@@ -33,6 +33,7 @@ from deq_lm.structure import to_mapping
 from deq_lm.training import checkpoint, sharding
 from deq_lm.training.checkpoint import TrainingState
 from deq_lm.training.durable import begin_folder, publish_folder
+from deq_lm.training.export import save_model
 from deq_lm.training.faults import describe_account, describe_faults, give_up
 from deq_lm.training.identity import Identity, comparable_config
 from deq_lm.training.optimizer import make_optimizer
@@ -259,8 +260,7 @@ def final_report(
         metrics = PerplexityResult(result.perplexity, result.solves).metrics()
         tracker.log(recipe.training.max_steps, "test", metrics)
         aside = begin_folder(run.final)
-        model.save_pretrained(aside)
-        corpus.tokenizer.save_pretrained(aside)
+        save_model(aside, model, corpus.tokenizer)
         write_record(aside / "evaluation.json", result)
         write_model_card(aside, result)
         publish_folder(aside, run.final)

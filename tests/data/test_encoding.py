@@ -114,6 +114,16 @@ def test_a_failure_leaves_nothing_behind(folder: Path, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
+def test_a_disk_that_is_full_when_the_tokenizer_is_written_is_one_error(folder: Path, tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise Exception("No space left on device (os error 28)")
+
+    monkeypatch.setattr("transformers.PreTrainedTokenizerFast.save_pretrained", full)
+    with pytest.raises(DataError, match=r"out: cannot be written \(tokenizer.json: No space left"):
+        prepare_into(DataConfig("text", "bpe", 320, str(folder)), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
 def test_a_damaged_prepared_folder_is_refused(folder: Path, tmp_path):
     out = tmp_path / "out"
     prepare_into(DataConfig("text", "bpe", 300, str(folder)), out)

@@ -160,6 +160,27 @@ def test_a_disk_that_fills_between_two_checkpoints_is_one_line_and_the_run_goes_
     assert call(monkeypatch, recipe, "--resume") == 0
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+@pytest.mark.parametrize("name", ["tokenizer.json", "config.json"])
+def test_a_disk_that_fills_when_the_model_is_written_at_the_end_is_one_line_and_resuming_writes_it(
+    monkeypatch, recipe, tmp_path, capsys, name
+):
+    from deq_lm.training import durable, loop
+
+    def begin_on_a_full_disk(path: Path) -> Path:
+        aside = durable.begin_folder(path)
+        (aside / name).symlink_to("/dev/full")
+        return aside
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "begin_folder", begin_on_a_full_disk)
+        assert call(patch, recipe) == 2
+    assert "No space left on device" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "run" / "final").exists()
+    assert call(monkeypatch, recipe, "--resume") == 0
+    assert (tmp_path / "run" / "final" / name).is_file()
+
+
 def test_a_folder_that_cannot_be_written_is_one_line(monkeypatch, recipe, tmp_path, capsys):
     (tmp_path / "file").write_text("", encoding="utf-8")
     assert call(monkeypatch, recipe, f"training.output_dir={tmp_path}/file/run") == 2

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from deq_lm.data.corpora import Corpus
 from deq_lm.data.tokenizers import bpe, sentencepiece, word_level
@@ -66,6 +66,20 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
             f"{folder}: the tokenizer has no end-of-sequence token, which ends each document. Set eos_token."
         )
     return _for_generation(tokenizer)
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+    """`save_pretrained`.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written.
+    """
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        raise OSError(f"tokenizer.json: {error}") from error  # tokenizers raises plain Exception
 
 
 def _for_generation(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
