@@ -91,7 +91,7 @@ class FileDocuments:
         """
         has_text = False
         for document in documents(islice(read_lines(self.path), self.first_line, self.end_line)):
-            has_text = has_text or not document.isspace()
+            has_text = has_text or (document != "" and not document.isspace())  # "" is what a byte order mark leaves
             yield document
         if not has_text:
             raise DataError(f"{self.path}: the {self.split} split has no text. Give a file with words in it.")

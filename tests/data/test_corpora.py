@@ -2,6 +2,7 @@
 
 import lzma
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,63 @@ def test_what_is_not_utf8_text_is_refused_with_file_and_byte(tmp_path, content: 
     path.write_bytes(content)
     with pytest.raises(DataError, match=f"bad.txt: .*{message}|bad.txt: {message}"):
         list(read_lines(path))
+
+
+NO_TEXT, NOT_UTF8, NUL = "the valid split has no text", r"byte \d+ is not UTF-8", r"NUL at byte \d+"
+TORTURE: dict[str, tuple[bytes, int | str]] = {
+    "empty": (b"", NO_TEXT),
+    "only newlines": (b"\n\n\n", NO_TEXT),
+    "only white space": (" \n\t\r\n\u00a0\u3000\n".encode(), NO_TEXT),
+    "only a byte order mark": (b"\xef\xbb\xbf", NO_TEXT),
+    "a byte order mark": (b"\xef\xbb\xbfone two\n", 2),
+    "a byte order mark inside": ("one \ufefftwo\n".encode(), 2),
+    "no newline at the end": (b"one two", 2),
+    "newlines of Windows": (b"one\r\ntwo\r\n", 2),
+    "newlines of old Macs": (b"one\rtwo\r", 2),
+    "U+0085": ("one\x85two\n".encode(), 2),
+    "U+2028": ("one\u2028two\n".encode(), 2),
+    "a no-break space": ("one\u00a0two\n".encode(), 2),
+    "an ideographic space": ("one\u3000two\n".encode(), 2),
+    "a zero-width space": ("one\u200btwo\n".encode(), 1),
+    "form feeds and vertical tabs": (b"one\x0ctwo\x0bthree\n", 3),
+    "escapes of a terminal": (b"\x1b[31mone\x1b[0m two\n", 2),
+    "a combining accent": ("cafe\u0301 caf\u00e9\n".encode(), 2),
+    "beyond the basic plane": ("\U0001f600 \U0010ffff\n".encode(), 2),
+    "a line of a million words": (b"word " * 1_000_000, 1_000_000),
+    "NUL": (b"one\0two\n", NUL),
+    "only NUL": (b"\0" * 9, NUL),
+    "a byte that is not UTF-8": (b"one\xfftwo\n", "byte 3 is not UTF-8"),
+    "a character cut off at the end": ("one\u3000".encode()[:-1], "byte 3 is not UTF-8"),
+    "an overlong slash": (b"one \xc0\xaf\n", "byte 4 is not UTF-8"),
+    "half a surrogate pair": (b"one \xed\xa0\x80\n", "byte 4 is not UTF-8"),
+    "Latin-1": ("one caf\u00e9\n".encode("latin-1"), "byte 7 is not UTF-8"),
+    "UTF-16": ("one two\n".encode("utf-16"), NUL),
+    "UTF-16 without a mark": ("one two\n".encode("utf-16-le"), NUL),
+    "UTF-32": ("one two\n".encode("utf-32"), f"{NUL}|{NOT_UTF8}"),
+    "a compressed file": (b"\x1f\x8b\x08\x00\x00", f"{NUL}|{NOT_UTF8}"),
+    "a picture": (b"\x89PNG\r\n\x1a\n\x00", f"{NUL}|{NOT_UTF8}"),
+}
+
+
+@pytest.mark.parametrize("name", TORTURE)
+@pytest.mark.parametrize("ending", ["txt", "txt.xz"])
+def test_whatever_a_file_holds_is_so_many_words_or_refused_with_its_name(tmp_path, name: str, ending: str):
+    content, expected = TORTURE[name]
+    (folder_of(tmp_path) / "valid.txt").unlink()
+    (tmp_path / f"valid.{ending}").write_bytes(lzma.compress(content) if ending == "txt.xz" else content)
+    problem = num_words = None
+    try:
+        documents = load_corpus("text", data_dir=tmp_path).splits["valid"].documents
+        num_words = sum(len(text.split()) for text in documents)
+    except DataError as error:
+        problem = str(error)
+    if isinstance(expected, int):
+        assert problem is None
+        assert num_words == expected
+    else:
+        assert num_words is None
+        assert re.search(rf"valid\.{ending}: .*({expected})", problem)
+        assert "\n" not in problem
 
 
 def test_a_title_after_a_blank_line_starts_a_document_and_nothing_is_lost():
