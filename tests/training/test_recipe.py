@@ -1,12 +1,11 @@
 """Recipes: overrides, ranges, and the words of a refusal."""
 
-import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from tiny_run import make_recipe, recipe_mapping
+from tiny_run import recipe_mapping
 
 from deq_lm.errors import ConfigError, UnusedSettingWarning
 from deq_lm.structure import build
@@ -115,46 +114,3 @@ def test_a_policy_about_solves_says_that_a_model_without_any_has_no_use_for_it(p
         with pytest.warns(UnusedSettingWarning, match="no effect in a run without such a solve"):
             load_recipe(path, [*unrolled, name, other.replace("ignore", "warn")])
     load_recipe(path, [*unrolled, *ignored])
-
-
-def keys_of(mapping: dict[str, Any], prefix: str = "") -> list[str]:
-    keys = []
-    for key, value in mapping.items():
-        keys.append(prefix + key)
-        if isinstance(value, dict):
-            keys += keys_of(value, f"{prefix}{key}.")
-    return keys
-
-
-def typos(word: str) -> set[str]:
-    """All deletions, transpositions, and some replacements and insertions; none of them is the word."""
-    letters = random.Random(word).sample("abcdefghijklmnopqrstuvwxyz_", 3)
-    found = set()
-    for i in range(len(word) + 1):
-        found |= {word[:i] + word[i + 1 :], word[:i] + word[i : i + 2][::-1] + word[i + 2 :]}
-        for letter in letters:
-            found |= {word[:i] + letter + word[i + 1 :], word[:i] + letter + word[i:]}
-    return found - {word, ""}
-
-
-def test_nearly_every_typo_of_one_letter_is_answered_with_the_right_key(mapping, tmp_path):
-    make_recipe(tmp_path)
-    num_typos = num_named = 0
-    for place in keys_of(mapping):
-        *sections, key = place.split(".")
-        parent = mapping
-        for section in sections:
-            parent = parent[section]
-        for typo in typos(key) - parent.keys():
-            wrong = {typo if name == key else name: value for name, value in parent.items()}
-            for depth in range(len(sections), 0, -1):
-                outer = mapping
-                for section in sections[: depth - 1]:
-                    outer = outer[section]
-                wrong = {**outer, sections[depth - 1]: wrong}
-            with pytest.raises(ConfigError) as caught:
-                build(Recipe, wrong)
-            num_typos += 1
-            num_named += f"did you mean {key}?" in str(caught.value)
-    assert num_typos > 1000
-    assert num_named / num_typos >= 0.95
