@@ -46,7 +46,7 @@ def test_what_is_not_finite_or_not_known_is_none():
     assert (hopeless.nats_per_word, hopeless.word_perplexity) == (800.0, None)
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 4])
+@pytest.mark.parametrize("batch_size", [1, 3, 4, 16])
 @pytest.mark.parametrize("num_tokens", [24, 101])
 def test_a_model_without_memory_scores_the_same_however_the_text_is_cut(
     table_model, make_split, batch_size, num_tokens

@@ -109,13 +109,23 @@ def test_the_spectral_radius_of_a_cell_is_found_for_each_sequence(init_std: floa
         ([[1.0, 5.0], [0.0, -0.9]], 1.0, 1e-3),
         ([[1.0, 0.0], [0.0, 0.1]], 1.0, 1e-3),
         ([[0.0, 1.0], [0.0, 0.0]], 0.0, 0.0),  # nilpotent
+        ([[1.0, 1.0], [0.0, 1.0]], 1.0, 0.03),  # a single eigenvector: powers grow by a polynomial besides
+        ([[1.0, 1.0, 0.0], [0.0, 1.0, 1.0], [0.0, 0.0, 1.0]], 1.0, 0.03),
     ],
 )
 def test_the_spectral_radius_of_rotations_and_of_non_normal_maps(matrix: list, radius: float, tolerance: float):
     jacobian = 0.9 * torch.tensor(matrix, dtype=torch.float64)
-    z = torch.randn(3, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
+    z = torch.randn(3, 2, len(matrix), dtype=torch.float64, generator=torch.Generator().manual_seed(6))
     found = spectral_radius(lambda z: z @ jacobian.T, z, generator=torch.Generator().manual_seed(7))
     torch.testing.assert_close(found, torch.full((3,), 0.9 * radius, dtype=torch.float64), rtol=0, atol=tolerance)
+
+
+def test_the_spectral_radius_of_a_hundred_random_matrices_is_within_three_per_cent():
+    generator = torch.Generator().manual_seed(8)
+    matrices = torch.randn(100, 20, 20, dtype=torch.float64, generator=generator)
+    z = torch.randn(100, 1, 20, dtype=torch.float64, generator=generator)
+    found = spectral_radius(lambda z: z @ matrices.mT, z, num_iterations=200, generator=generator)
+    torch.testing.assert_close(found, torch.linalg.eigvals(matrices).abs().amax(dim=1), rtol=0.03, atol=0)
 
 
 def test_one_iteration_says_nothing_about_growth():
