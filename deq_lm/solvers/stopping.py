@@ -10,6 +10,12 @@ Where the tolerance is finer than f's numbers (1e-3 in bfloat16) no unit converg
 records go on improving by a few per cent for as long as one waits. There, once the residual is no larger than 1.5 times the
 spacing of f's numbers (`norms.spacing`), a unit stalls at the fifth step if the four before it have not halved it, and what
 it then wins by chance does not bring it back. So does a solve that still converges, but by less than half in four steps.
+A tolerance of half the spacing or more (6e-8 in float32) knows nothing of all this.
+
+How soon that is: of trained Transformer-XL cells, on which the constants below were chosen, and of multiscale ones, on which
+they were not, Broyden's and Anderson's solves in bfloat16 end within five evaluations of twice their smallest residual in
+half to all of the sequences, and within eleven in all. A map that does not contract has no floor that plain iteration
+reaches, and the adjoint solve does not say that it computes in half precision: both end by `patience` or their steps.
 """
 
 from __future__ import annotations

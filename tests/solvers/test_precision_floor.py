@@ -71,6 +71,23 @@ def test_a_tolerance_above_bfloat16s_rounding_is_solved_as_if_there_were_no_floo
     assert torch.equal(found.outcome, expected.outcome)
 
 
+@every_solver
+@pytest.mark.parametrize("rtol", [1e-7, 1e-3])
+def test_in_float32_no_tolerance_that_can_be_met_is_touched(solver: FixedPointSolver, rtol: float, monkeypatch):
+    torch.manual_seed(0)
+    cell = TransformerXLCell(TransformerXLConfig(d_model=32, num_heads=4, d_inner=64, mem_len=0, init_std=0.12))
+    x = 2.0 * torch.randn(6, 16, 32)
+    solutions = []
+    for at_floor in (0.0, rules.AT_FLOOR, float("inf")):
+        monkeypatch.setattr(rules, "AT_FLOOR", at_floor)
+        with torch.no_grad():
+            rule = StoppingRule(max_steps=MAX_STEPS, rtol=rtol)
+            solutions.append(solve(cell.bind(x), torch.zeros_like(x), solver=solver, stopping=rule))
+    for fact in ("z", "outcome", "num_evaluations"):
+        assert torch.equal(getattr(solutions[0], fact), getattr(solutions[1], fact)), fact
+        assert torch.equal(getattr(solutions[0], fact), getattr(solutions[2], fact)), fact
+
+
 @pytest.mark.parametrize(
     ("rate", "rtol", "outcome"),
     [
