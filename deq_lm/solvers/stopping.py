@@ -12,9 +12,9 @@ spacing of f's numbers (`norms.spacing`), a unit stalls at the fifth step if the
 it then wins by chance does not bring it back. So does a solve that still converges, but by less than half in four steps.
 A tolerance of half the spacing or more (6e-8 in float32) knows nothing of all this.
 
-How soon that is: of trained Transformer-XL cells, on which the constants below were chosen, and of multiscale ones, on which
-they were not, Broyden's and Anderson's solves in bfloat16 end within five evaluations of twice their smallest residual in
-half to all of the sequences, and within eleven in all. A map that does not contract has no floor that plain iteration
+How soon that is: of trained Transformer-XL cells, on which the constants below were chosen, and of multiscale ones, on
+which they were not, Broyden's and Anderson's solves in bfloat16 end within five evaluations of twice their smallest residual
+in half to all of the sequences, and within eleven in all. A map that does not contract has no floor that plain iteration
 reaches, and the adjoint solve does not say that it computes in half precision: both end by `patience` or their steps.
 """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -66,6 +67,27 @@ def test_all_that_is_offered_is_tried(canary):
         names
     )
     assert not any("broyden" in name and "unrolled" in name for name in names)  # refused
+
+
+class Uniform(torch.nn.Module):
+    """Knows nothing, and believes in the first word besides where it is evaluated in one of the two ways."""
+
+    def __init__(self, *, believes_when_recorded: bool) -> None:
+        super().__init__()
+        self.believes_when_recorded = believes_when_recorded
+        self.weight = torch.nn.Parameter(torch.zeros(8))
+
+    def forward(self, tokens: Tensor) -> SimpleNamespace:
+        belief = 3.0 * (torch.arange(8) == 0) * (torch.is_grad_enabled() == self.believes_when_recorded)
+        return SimpleNamespace(logits=(self.weight + belief).expand(*tokens.shape, 8))
+
+
+@pytest.mark.parametrize("believes_when_recorded", [False, True])
+def test_the_lower_score_of_both_ways_to_solve_counts(canary, believes_when_recorded: bool):
+    model = Uniform(believes_when_recorded=believes_when_recorded)
+    score = canary.train_and_score(model, num_steps=0, seed=0)
+    assert score.nats == pytest.approx(canary.FLOOR, rel=1e-6)
+    assert score.is_honest
 
 
 @pytest.mark.parametrize(("solver", "adjoint"), [("broyden", "implicit"), ("picard", "unrolled")])
