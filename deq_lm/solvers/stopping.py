@@ -13,8 +13,8 @@ it then wins by chance does not bring it back. So does a solve that still conver
 A tolerance of half the spacing or more (6e-8 in float32) knows nothing of all this.
 
 How soon that is: of trained Transformer-XL cells, on which the constants below were chosen, and of multiscale ones, on
-which they were not, Broyden's and Anderson's solves in bfloat16 end within five evaluations of twice their least residual in
-half to all of the sequences, and within eleven in all. A map that does not contract has no floor that plain iteration
+which they were not, Broyden's and Anderson's solves in bfloat16 end within five evaluations of twice their least residual
+in half to all of the sequences, and within eleven in all. A map that does not contract has no floor that plain iteration
 reaches, and the adjoint solve does not say that it computes in half precision: both end by `patience` or their steps.
 """
 

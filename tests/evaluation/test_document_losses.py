@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from deq_lm.evaluation import (
     write_record,
 )
 from deq_lm.evaluation.bootstrap import ratio_interval
+from deq_lm.evaluation.document_losses import sums_of_documents
 
 
 def with_documents(split: EncodedSplit, lengths: list[int]) -> EncodedSplit:
@@ -106,6 +108,28 @@ def test_nineteen_intervals_of_twenty_cover_the_truth(num_documents: int, correl
     intervals = [ratio_interval(*draw(generator, num_documents, correlation)) for _ in range(200)]
     covered = sum(interval.low <= 7 <= interval.high for interval in intervals)
     assert 180 <= covered <= 199  # of 190 expected, +- 3
+
+
+def test_of_means_of_normal_values_it_is_students_interval_on_either_side():
+    below, above = [], []
+    for seed in range(40):
+        values = 7 + np.random.default_rng(seed).standard_normal(10)
+        interval, expected = ratio_interval(values, np.ones(10)), 2.262 * values.std(ddof=1) / math.sqrt(10)
+        below.append((values.mean() - interval.low) / expected)
+        above.append((interval.high - values.mean()) / expected)
+    assert statistics.fmean(below + above) == pytest.approx(1, abs=0.03)
+    assert statistics.fmean(below) == pytest.approx(1, abs=0.05)
+    assert statistics.fmean(above) == pytest.approx(1, abs=0.05)
+
+
+def test_nats_are_summed_over_each_document_and_divided_by_what_is_asked_for():
+    assert sums_of_documents(np.array([1.0, 2.0, 4.0, 8.0, 16.0]), np.array([2, 2, 3, 5])) == (3.0, 0.0, 4.0, 24.0)
+    nats, words = draw(np.random.default_rng(5), 8, 0.1)
+    several = losses(nats, words, num_tokens=tuple((2 * words).tolist()), num_bytes=tuple((5 * words).tolist()))
+    per_word = several.interval("model", "num_words")
+    for per, times in (("num_tokens", 2), ("num_bytes", 5)):
+        found = several.interval("model", per)
+        assert (times * found.low, times * found.high) == pytest.approx((per_word.low, per_word.high), rel=1e-12)
 
 
 def test_words_that_depend_on_each_other_widen_the_interval():
@@ -262,7 +286,7 @@ def test_two_results_are_compared_by_document(measured: EvaluationResult, finish
     assert code == 0
     assert "a single document says nothing of others: no intervals" in output
     assert "[" not in output.replace(str(finished), "")
-    for others, message in ((old, "Measure again"), (finished, "different texts")):
+    for others, message in ((old, "Measure again"), (finished, "different texts"), ("no\nfile", "no such file")):
         code, _, error = compare(monkeypatch, capsys, first, others)
         assert code == 2
         assert error.count("\n") == 1
