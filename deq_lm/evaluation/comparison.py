@@ -28,7 +28,8 @@ class Compared:
         parameters: of the model.
         training_tokens: targets trained on; None if the recipe is not known.
         nats_per_token, nats_per_word, bits_per_byte: means over the runs.
-        interval: half width of the 95 % interval of nats_per_token; None for a single run.
+        interval: half width of the 95 % interval of nats_per_token over seeds; None for a single run.
+        document_interval: that of a single run, over documents; None for several, or where there is none.
         evaluations: of the cell, mean in a forward solve; None without a solve.
         share_converged: of the forward solves; None likewise.
         is_causal: of all runs.
@@ -42,6 +43,7 @@ class Compared:
     nats_per_word: float | None
     bits_per_byte: float | None
     interval: float | None
+    document_interval: Interval | None
     evaluations: float | None
     share_converged: float | None
     is_causal: bool
@@ -162,6 +164,7 @@ def _row(name: str, results: Sequence[EvaluationResult]) -> Compared:
         raise DataError(f"{name}: its loss is not finite, which cannot be compared. Leave it out.")
     solves = [result.solves for result in results if result.solves is not None]
     is_solved = results[0].model["depth"] == "equilibrium" and bool(solves)
+    documents = results[0].documents
     return Compared(
         name=name,
         num_seeds=len(results),
@@ -171,6 +174,7 @@ def _row(name: str, results: Sequence[EvaluationResult]) -> Compared:
         nats_per_word=_mean([result.perplexity.nats_per_word for result in results]),
         bits_per_byte=_mean([result.perplexity.bits_per_byte for result in results]),
         interval=_interval([loss for loss in losses if loss is not None]),
+        document_interval=documents.interval("model", "num_tokens") if documents and len(results) == 1 else None,
         evaluations=statistics.fmean(solve.mean_evaluations for solve in solves) if is_solved else None,
         share_converged=statistics.fmean(solve.share_converged for solve in solves) if is_solved else None,
         is_causal=all(result.causality.is_causal for result in results),

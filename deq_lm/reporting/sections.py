@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from deq_lm.evaluation import EvaluationResult, compare, is_best_by_evidence, model_name, paired_difference
+from deq_lm.evaluation import Compared, EvaluationResult, compare, is_best_by_evidence, model_name, paired_difference
 from deq_lm.evaluation.records import Record
 from deq_lm.reporting.measurements import Measurements
 from deq_lm.reporting.plots import PLOTS, ScalePoint, families, own_memory
@@ -111,8 +111,7 @@ def headline_rows(
                 "runs": str(row.num_seeds),
                 "nats per word": _number(row.nats_per_word, ".3f"),
                 "perplexity per word": _number(row.word_perplexity, ",.1f"),
-                "nats per token": _number(row.nats_per_token, ".3f")
-                + ("" if row.interval is None else f" +- {row.interval:.3f}"),
+                "nats per token": _number(row.nats_per_token, ".3f") + _interval_of(row),
                 f"difference to {rival}": "-" if row.name == rival else _difference(results, row.name, rival),
                 "bits per byte": _number(row.bits_per_byte, ".3f"),
                 "evaluations": _number(row.evaluations, ".1f"),
@@ -126,6 +125,14 @@ def headline_rows(
             }
         )
     return rows
+
+
+def _interval_of(row: Compared) -> str:
+    """Over seeds, or of a single run over documents."""
+    if row.interval is not None:
+        return f" +- {row.interval:.3f}"
+    documents = row.document_interval
+    return "" if documents is None else f" (documents: {documents.low:.3f} to {documents.high:.3f})"
 
 
 def _difference(results: Sequence[EvaluationResult], name: str, rival: str) -> str:
@@ -170,7 +177,8 @@ def _headline(measurements: Measurements, rival: str | None) -> Section | None:
             f"{_number(first.unigram.nats_per_token, '.3f')} nats per token."
         )
     explanation = (
-        "Means over the runs, with the 95 % interval of the mean. An asterisk marks the lowest loss only if its interval "
+        "Means over the runs, with the 95 % interval of the mean; of a single run, in brackets, that over the documents of "
+        "the text, which says nothing of other seeds. An asterisk marks the lowest loss only if its interval "
         "and all others are apart; without one no model is better than another by this evidence. Differences are of nats "
         "per token, paired by seed. Activations are the most bytes recorded for a backward pass at any time of a training "
         "step, and in brackets their ratio to the first model's of the suite; times likewise. Evaluations: of the cell in "

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from deq_lm.errors import ConfigError, DataError
-from deq_lm.evaluation import EvaluationResult, read_record, write_record
+from deq_lm.evaluation import DocumentLosses, EvaluationResult, read_record, write_record
 from deq_lm.reporting import headline_rows, read_measurements, read_published, write_report
+from deq_lm.reporting.measurements import Measurements
 from deq_lm.suites.config import ConvergenceSettings, CostSettings, MemorySettings
 from deq_lm.suites.convergence import measure_convergence
 from deq_lm.suites.cost import measure_cost
@@ -100,6 +101,25 @@ def test_the_headline_has_the_measured_numbers(results):
     assert kept[0]["model"] == "equilibrium"  # what others are compared with
     assert rows["equilibrium"]["activations"] == f"{own / 1e6:,.1f} MB (1.00x)"
     assert rows["unrolled"]["activations"] == f"{first / 1e6:,.1f} MB ({first / own:.2f}x)"  # 3 layers: 4 is the next
+
+
+def test_a_single_run_has_its_interval_over_documents_and_several_runs_theirs_over_seeds(results):
+    single = read_record(results / "evaluation_equilibrium.json", EvaluationResult)
+    tokens, nats = (100, 300, 200), (450.0, 1500.0, 800.0)
+    documents = DocumentLosses(
+        fingerprint="0" * 64, num_tokens=tokens, num_words=tokens, num_bytes=tokens, nll_nats={"model": nats}
+    )
+    single = replace(single, documents=documents)
+    interval = documents.interval("model", "num_tokens")
+    assert interval.high - interval.low > 0.1
+    several = [single, replace(single, seed=single.seed + 1)]
+    for runs, expected in (
+        ([single], f" (documents: {interval.low:.3f} to {interval.high:.3f})"),
+        (several, " +- 0.000"),
+        ([replace(single, documents=None)], ""),
+    ):
+        (row,) = headline_rows(Measurements(tuple((Path(), run) for run in runs)), runs)
+        assert row["nats per token"] == f"{single.perplexity.nats_per_token:.3f}{expected}"
 
 
 def test_the_page_needs_nothing_but_itself(results, tmp_path):
