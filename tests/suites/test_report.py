@@ -107,7 +107,7 @@ def test_a_single_run_has_its_interval_over_documents_and_several_runs_theirs_ov
     single = read_record(results / "evaluation_equilibrium.json", EvaluationResult)
     tokens, nats = (100, 300, 200), (450.0, 1500.0, 800.0)
     documents = DocumentLosses(
-        fingerprint="0" * 64, num_tokens=tokens, num_words=tokens, num_bytes=tokens, nll_nats={"model": nats}
+        fingerprint="0" * 64, num_tokens=tokens, num_words=(7, 8, 9), num_bytes=(9, 8, 7), nll_nats={"model": nats}
     )
     single = replace(single, documents=documents)
     interval = documents.interval("model", "num_tokens")
