@@ -91,16 +91,19 @@ def test_the_committed_report_is_of_the_committed_results(tmp_path):
     """As `make report` makes it; plots aside, which another version of matplotlib may draw otherwise."""
     makefile = (ROOT / "Makefile").read_text("utf-8")
     places, cells = re.findall(r"^(?:COMPARED|CELLS) := (.+)$", makefile, flags=re.MULTILINE)
-    titles = re.findall(r'--title "(.+)"', makefile)
+    titles = dict(re.findall(r'--(?:output|markdown) (\S+) --title "(.+)"', makefile))
     measurements = read_measurements([ROOT / place for place in places.split()])
-    write_report(measurements, read_published(ROOT / "eval/reference/published.yaml"), tmp_path, title=titles[0])
+    write_report(
+        measurements, read_published(ROOT / "eval/reference/published.yaml"), tmp_path, title=titles["eval/report"]
+    )
     for name in ("report.md", "tables.json"):
         assert (tmp_path / name).read_text("utf-8") == (ROOT / "eval" / "report" / name).read_text("utf-8"), name
     plots = {path.name for path in tmp_path.glob("*.svg")}
     assert plots == {path.name for path in (ROOT / "eval" / "report").glob("*.svg")}
     ablations = read_measurements([ROOT / "eval/results/ablations"])
     notes = read_yaml(ROOT / "eval/results/ablations/notes.yaml")
-    write_markdown(ablations, tmp_path / "ABLATIONS.md", title=titles[1], notes=notes)
-    write_markdown(read_measurements([ROOT / place for place in cells.split()]), tmp_path / "CELLS.md", title=titles[2])
+    write_markdown(ablations, tmp_path / "ABLATIONS.md", title=titles["eval/results/ABLATIONS.md"], notes=notes)
+    of_cells = read_measurements([ROOT / place for place in cells.split()])
+    write_markdown(of_cells, tmp_path / "CELLS.md", title=titles["eval/results/CELLS.md"])
     for name in ("ABLATIONS.md", "CELLS.md"):
         assert (tmp_path / name).read_text("utf-8") == (ROOT / "eval" / "results" / name).read_text("utf-8"), name
