@@ -101,6 +101,8 @@ def test_the_committed_report_is_of_the_committed_results(tmp_path):
     ablations = read_measurements([ROOT / "eval/results/ablations"])
     notes = read_yaml(ROOT / "eval/results/ablations/notes.yaml")
     write_markdown(ablations, tmp_path / "ABLATIONS.md", title=titles[1], notes=notes)
-    write_markdown(read_measurements([ROOT / place for place in cells.split()]), tmp_path / "CELLS.md", title=titles[-1])
+    write_markdown(
+        read_measurements([ROOT / place for place in cells.split()]), tmp_path / "CELLS.md", title=titles[-1]
+    )
     for name in ("ABLATIONS.md", "CELLS.md"):
         assert (tmp_path / name).read_text("utf-8") == (ROOT / "eval" / "results" / name).read_text("utf-8"), name
