@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate
 from typing import Literal
@@ -199,8 +199,24 @@ class MultiscaleCell(Cell):
             tensors |= as_part(f.tensors, r)
             batch_axes |= as_part(f.batch_axes, r)
             weights |= as_part(f.weights, r)
-        evaluate = _Rates(bound, self.config.widths)
-        return BoundCell(evaluate, tensors, batch_axes, x.dtype, autocast, key_mask, weights)
+        return BoundCell(self.evaluate, tensors, batch_axes, x.dtype, autocast, key_mask, weights)
+
+    def evaluate(self, z: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        """f(z), (B, L, D_0 + D_1 + ...), reading nothing but `tensors`."""
+        states = z.split(list(self.config.widths), dim=-1)
+        elements = [states[0], *(take(state, tensors[f"ends.{i}"]) for i, state in enumerate(states[1:]))]
+        images = []
+        for r, block in enumerate(self._blocks()):
+            told = tensors[f"{r}.input"]
+            if r > 0:
+                told = told + mixed_down(elements[r - 1], tensors[f"members.{r - 1}"], tensors[f"down.{r - 1}"])
+            if r + 1 < len(elements):
+                told = told + mixed_up(elements[r + 1], tensors[f"held.{r}"], tensors[f"up.{r}"], self.config.widths[r])
+            # where no chunk of a rate ends, as at most tokens of a generated text, there is nothing to compute
+            own = {**part_of(tensors, r), "input": told}
+            image = block.evaluate(elements[r], own) if told.shape[1] > 0 else told
+            images.append(image if r == 0 else take(image, tensors[f"slots.{r - 1}"]))
+        return torch.cat(images, dim=-1)
 
     def project(self, z: Tensor, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         """State, keys and values of every rate, (B, M, 3 (D_0 + D_1 + ...)); those of a chunk count where one ends."""
@@ -242,29 +258,6 @@ class MultiscaleCell(Cell):
 
     def _blocks(self) -> list[TransformerXLCell]:
         return [block for block in self.blocks if isinstance(block, TransformerXLCell)]
-
-
-@dataclass(frozen=True)
-class _Rates:
-    """f(z): the blocks of one bound cell, all reading the tensors they are handed instead of their own."""
-
-    blocks: Sequence[BoundCell]
-    widths: Sequence[int]
-
-    def __call__(self, z: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-        states = z.split(list(self.widths), dim=-1)
-        elements = [states[0], *(take(state, tensors[f"ends.{i}"]) for i, state in enumerate(states[1:]))]
-        images = []
-        for r, f in enumerate(self.blocks):
-            told = tensors[f"{r}.input"]
-            if r > 0:
-                told = told + mixed_down(elements[r - 1], tensors[f"members.{r - 1}"], tensors[f"down.{r - 1}"])
-            if r + 1 < len(self.blocks):
-                told = told + mixed_up(elements[r + 1], tensors[f"held.{r}"], tensors[f"up.{r}"], self.widths[r])
-            # where no chunk of a rate ends, as at most tokens of a generated text, there is nothing to compute
-            image = f.evaluate(elements[r], {**part_of(tensors, r), "input": told}) if told.shape[1] > 0 else told
-            images.append(image if r == 0 else take(image, tensors[f"slots.{r - 1}"]))
-        return torch.cat(images, dim=-1)
 
 
 def mixed_down(finer: Tensor, members: Tensor, weight: Tensor) -> Tensor:

@@ -275,6 +275,7 @@ def convergence_over_training(run: str) -> Iterator[dict[str, Any]]:
                 "run": name,
                 "step": record["step"],
                 "share converged": record["solver_share_converged"],
+                "adjoint share converged": record["adjoint_share_converged"],
                 "evaluations": record["solver_evaluations"],
                 "nats per token": record["loss"],
             }
@@ -287,6 +288,7 @@ def summary_of_run(training: Sequence[dict[str, Any]], name: str) -> dict[str, A
         "steps": rows[-1]["step"],
         "converged, all": statistics.fmean(row["share converged"] for row in rows),
         "converged, worst stretch": min(row["share converged"] for row in rows),
+        "adjoint converged, all": statistics.fmean(row["adjoint share converged"] for row in rows),
         "evaluations, last": rows[-1]["evaluations"],
         "nats per token, last": rows[-1]["nats per token"],
     }

@@ -41,10 +41,8 @@ def test_a_cell_without_its_margin_is_seen_to_break_its_bound(monotone, monkeypa
 
 
 def test_it_writes_tables_and_plots_those_of_training_runs_included(monotone, monkeypatch, tmp_path, capsys):
-    lines = [
-        {"kind": "train", "step": step, "solver_share_converged": share, "solver_evaluations": 7.0, "loss": 5.0}
-        for step, share in ((20, 1.0), (40, 0.5))
-    ]
+    same = {"kind": "train", "adjoint_share_converged": 0.25, "solver_evaluations": 7.0, "loss": 5.0}
+    lines = [{**same, "step": step, "solver_share_converged": share} for step, share in ((20, 1.0), (40, 0.5))]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     output = tmp_path / "monotone.json"
     monkeypatch.setattr(monotone, "STEP_SIZES", range(0, 9, 4))
@@ -59,4 +57,4 @@ def test_it_writes_tables_and_plots_those_of_training_runs_included(monotone, mo
     assert tables["convergence over training"][0]["converged, worst stretch"] == 0.5
     for name in ("monotone_step_size.svg", "monotone_training.svg"):
         assert "<svg" in (tmp_path / name).read_text("utf-8")
-    assert "| tiny | 40 | 0.75 | 0.5 | 7 | 5 |" in capsys.readouterr().out
+    assert "| tiny | 40 | 0.75 | 0.5 | 0.25 | 7 | 5 |" in capsys.readouterr().out

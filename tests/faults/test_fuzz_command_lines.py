@@ -33,6 +33,7 @@ WORK = {
     "eval/benchmarks/generation.py": ("deq_lm.evaluation.loading.load_model",),
     "eval/benchmarks/monotone.py": ("run_all",),
     "eval/benchmarks/multiscale.py": ("run_all",),
+    "eval/benchmarks/resolvent.py": ("run_all",),
     "eval/benchmarks/reversible.py": ("measure",),
     "eval/benchmarks/robustness.py": ("run_suite",),
     "eval/benchmarks/solvers.py": ("deq_lm.evaluation.loading.load_model",),

@@ -17,6 +17,8 @@ from deq_lm.cells import TransformerXLCell
 from deq_lm.data.tokenizers import load_tokenizer
 from deq_lm.modeling import DEQLMForCausalLM, EquilibriumCache
 
+MULTISCALE = {"name": "multiscale", "coarse": [{"ratio": 2, "d_model": 8, "num_heads": 2, "d_inner": 12}]}
+
 
 @pytest.fixture
 def saved(tmp_path) -> Path:
@@ -114,12 +116,12 @@ def test_it_is_placed_by_the_library(saved: Path, ids: Tensor):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of the compiler's own
-@pytest.mark.parametrize("num_blocks", [1, 2])
-def test_a_compiled_cell_gives_the_same_loss_and_gradient(ids: Tensor, num_blocks: int):
+@pytest.mark.parametrize("cell", [{}, {"num_blocks": 2}, MULTISCALE], ids=["one block", "two blocks", "multiscale"])
+def test_a_compiled_cell_gives_the_same_loss_and_gradient(ids: Tensor, cell: dict):
     """By the compiler's front end alone, which is what can go wrong with a solve around it; code is for the slow test."""
     results = []
     for compiled in (False, True):
-        model = make(cell={"num_blocks": num_blocks})
+        model = make(cell=cell)
         if compiled:
             torch._dynamo.reset()
             model.compile_cell(backend="aot_eager", fullgraph=True)  # no part of it is left to Python
@@ -134,9 +136,10 @@ def test_a_compiled_cell_gives_the_same_loss_and_gradient(ids: Tensor, num_block
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_a_cell_compiled_to_code_gives_the_same_loss_gradient_and_tokens(ids: Tensor):
+@pytest.mark.parametrize("cell", [{}, MULTISCALE], ids=["one block", "multiscale"])
+def test_a_cell_compiled_to_code_gives_the_same_loss_gradient_and_tokens(ids: Tensor, cell: dict):
     torch._dynamo.reset()
-    model, compiled = make(dtype=torch.float32), make(dtype=torch.float32)
+    model, compiled = (make(dtype=torch.float32, cell=cell) for _ in range(2))
     compiled.compile_cell()
     for one in (model, compiled):
         one(ids, labels=ids, adjoint=JacobianFree()).loss.backward()

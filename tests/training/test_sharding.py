@@ -27,7 +27,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:Deprecati
 
 KINDS = {"one": Accelerator, "ddp": Accelerator, "fsdp2": ShardingAccelerator}
 NO_DROPOUT = ("training.jacobian=null", "model.cell.dropout=0.0")
-ADAPTIVE = "model.embedding={name: adaptive, cutoffs: [50, 150], div_val: 2}"
+OVERRIDES = {
+    "full": "model.embedding={name: full}",
+    "adaptive": "model.embedding={name: adaptive, cutoffs: [50, 150], div_val: 2}",
+    "multiscale": "model.cell={name: multiscale, d_model: 16, num_heads: 2, d_inner: 32, mem_len: 8, init_std: 0.1, "
+    "coarse: [{ratio: 4, d_model: 8, num_heads: 2, d_inner: 16}]}",
+}
 
 
 def gradient(folder: Path, kind: str, override: str) -> None:
@@ -40,8 +45,8 @@ def gradient(folder: Path, kind: str, override: str) -> None:
     recipe = make_recipe(
         folder,
         *NO_DROPOUT,
-        override,
         "model.cell.init_std=0.2",  # so that solves converge
+        override,
         "training.clip_norm=null",
         "training.phases=[]",
         f"model.stopping={stopping}",
@@ -66,7 +71,7 @@ def gradient(folder: Path, kind: str, override: str) -> None:
     torch.save((grads, facts), folder / f"{kind}_{accelerator.process_index}.pt")
 
 
-@pytest.mark.parametrize("override", ["model.embedding={name: full}", ADAPTIVE], ids=["full", "adaptive"])
+@pytest.mark.parametrize("override", OVERRIDES.values(), ids=OVERRIDES)
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_two_processes_of_unequal_numbers_of_evaluations_have_the_gradient_of_one(tmp_path, kind, override):
     make_recipe(tmp_path)  # the corpus, before two processes look for it
