@@ -54,6 +54,7 @@ class RepeatedStep:
         optimizer = make_optimizer(model, replace(settings.optimizer, weight_decay=0.0))
         schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=0.0, total_iters=2**31)
         self._recipe = recipe
+        model.train()  # a loaded one is not: it would solve to the tolerance of evaluation
         self._wrapped, optimizer = self._accelerator.prepare(model, optimizer)
         self._state = TrainingState(model, optimizer, schedule, streams)
         self.model, self.optimizer = model, optimizer

@@ -11,6 +11,7 @@ from torch import nn
 from deq_lm.errors import CheckpointError
 from deq_lm.suites.config import CostSettings
 from deq_lm.suites.cost import ModelCost, count_flops, measure_cost
+from deq_lm.suites.training_step import RepeatedStep, steady
 from deq_lm.training.phases import PhaseConfig
 from deq_lm.training.run_folder import RunFolder
 
@@ -42,6 +43,15 @@ def test_an_unrolled_model_costs_the_same_in_every_step(subjects):
     assert row.training_evaluations is None
     assert row.adjoint_evaluations is None
     assert 2.5 < row.training_flops_per_token / row.inference_flops_per_token < 3.5  # backward is twice forward
+
+
+def test_a_step_of_a_loaded_model_solves_as_training_does(subjects):
+    subject = subjects[0]
+    model = subject.trained(CPU)
+    assert not model.training
+    step = RepeatedStep(steady(subject.recipe, regularize=False), model, subject.corpus().splits["train"].tokens)
+    step.run()
+    assert model.training
 
 
 def test_phases_and_regularization_count_by_their_share(subjects):
