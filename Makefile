@@ -8,9 +8,8 @@ RUN    := runs/demo_cpu_$(shell date +%Y%m%d_%H%M%S)
 # versions in constraints.txt that only the newest transformers takes
 OF_NEWEST := transformers|tokenizers|huggingface_hub|hf-xet|httpcore2|httpx2|click|typer
 
-COMPARED := eval/results/compare_wikipedia eval/results/peak_memory_published.json eval/results/ablations/evaluation_unrolled_regularized_lr_8_0.json eval/results/ablations/evaluation_unrolled_regularized_lr_8_1.json eval/results/ablations/evaluation_unrolled_regularized_lr_8_2.json
-SCALING := eval/results/scaling $(wildcard eval/results/ablations/evaluation_equilibrium_?.json) \
-    $(wildcard eval/results/ablations/evaluation_unrolled_regularized_lr_8_?.json) $(wildcard eval/results/ablations/evaluation_untied_?.json)
+COMPARED := eval/results/compare_wikipedia eval/results/peak_memory_published.json eval/results/ablations/evaluation_unrolled_regularized_lr_8_?.json
+SCALING := eval/results/scaling eval/results/ablations/evaluation_equilibrium_?.json eval/results/ablations/evaluation_unrolled_regularized_lr_8_?.json eval/results/ablations/evaluation_untied_?.json
 CELLS := eval/results/demo_cpu.json eval/results/demo_cpu_monotone.json eval/results/demo_cpu_multiscale.json eval/results/cells
 
 .DEFAULT_GOAL := help

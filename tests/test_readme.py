@@ -8,7 +8,7 @@ import pytest
 
 from deq_lm.evaluation import EvaluationResult, read_record
 from deq_lm.modeling import builders
-from deq_lm.reporting import read_measurements, read_published, write_markdown, write_report
+from deq_lm.reporting import Measurements, read_measurements, read_published, write_markdown, write_report
 from deq_lm.reporting.readme import DEMO, DOCUMENTS, TABLE, with_numbers
 from deq_lm.training.strict_yaml import read_yaml
 
@@ -90,20 +90,22 @@ def test_the_demo_says_whether_it_beats_the_bigram():
 def test_the_committed_report_is_of_the_committed_results(tmp_path):
     """As `make report` makes it; plots aside, which another version of matplotlib may draw otherwise."""
     makefile = (ROOT / "Makefile").read_text("utf-8")
-    places, cells = re.findall(r"^(?:COMPARED|CELLS) := (.+)$", makefile, flags=re.MULTILINE)
+    lists = dict(re.findall(r"^(COMPARED|SCALING|CELLS) := (.+)$", makefile, flags=re.MULTILINE))
     titles = dict(re.findall(r'--(?:output|markdown) (\S+) --title "(.+)"', makefile))
-    measurements = read_measurements([ROOT / place for place in places.split()])
-    write_report(
-        measurements, read_published(ROOT / "eval/reference/published.yaml"), tmp_path, title=titles["eval/report"]
-    )
-    for name in ("report.md", "tables.json"):
-        assert (tmp_path / name).read_text("utf-8") == (ROOT / "eval" / "report" / name).read_text("utf-8"), name
-    plots = {path.name for path in tmp_path.glob("*.svg")}
-    assert plots == {path.name for path in (ROOT / "eval" / "report").glob("*.svg")}
+
+    def measured(name: str) -> Measurements:
+        return read_measurements([path for place in lists[name].split() for path in sorted(ROOT.glob(place))])
+
+    published = read_published(ROOT / "eval/reference/published.yaml")
+    for name, folder in (("COMPARED", "eval/report"), ("SCALING", "eval/report/scaling")):
+        made = tmp_path / name
+        write_report(measured(name), published, made, title=titles[folder])
+        for file in ("report.md", "tables.json"):
+            assert (made / file).read_text("utf-8") == (ROOT / folder / file).read_text("utf-8"), f"{folder}/{file}"
+        assert {path.name for path in made.glob("*.svg")} == {path.name for path in (ROOT / folder).glob("*.svg")}
     ablations = read_measurements([ROOT / "eval/results/ablations"])
     notes = read_yaml(ROOT / "eval/results/ablations/notes.yaml")
     write_markdown(ablations, tmp_path / "ABLATIONS.md", title=titles["eval/results/ABLATIONS.md"], notes=notes)
-    of_cells = read_measurements([ROOT / place for place in cells.split()])
-    write_markdown(of_cells, tmp_path / "CELLS.md", title=titles["eval/results/CELLS.md"])
+    write_markdown(measured("CELLS"), tmp_path / "CELLS.md", title=titles["eval/results/CELLS.md"])
     for name in ("ABLATIONS.md", "CELLS.md"):
         assert (tmp_path / name).read_text("utf-8") == (ROOT / "eval" / "results" / name).read_text("utf-8"), name

@@ -11,8 +11,9 @@ from matplotlib.figure import Figure
 from deq_lm.evaluation import Compared, EvaluationResult, compare, is_best_by_evidence, model_name, paired_difference
 from deq_lm.evaluation.records import Record
 from deq_lm.reporting.measurements import Measurements
-from deq_lm.reporting.plots import PLOTS, ScalePoint, families, own_memory
+from deq_lm.reporting.plots import PLOTS, own_memory
 from deq_lm.reporting.published import Published
+from deq_lm.reporting.scale import ScalePoint, families
 from deq_lm.structure import differences
 from deq_lm.suites import DECIDES_NO_WEIGHT, ConvergenceResult, CostResult, MemoryResult
 
