@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from deq_lm.solvers import StoppingRule
 from deq_lm.structure import build
 from deq_lm.training.strict_yaml import read_yaml
 
@@ -83,6 +84,19 @@ class CostSettings:
 
 
 @dataclass(frozen=True)
+class GradientConfig:
+    """A way to compute the gradient, where it is not that of training.
+
+    Attributes:
+        stopping: of the forward solve; None is that of training.
+        adjoint: a section like a recipe's `model.adjoint`; None is the model's.
+    """
+
+    stopping: StoppingRule | None = None
+    adjoint: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
 class ConvergenceSettings:
     """How the solves of an equilibrium converge; needs trained models.
 
@@ -91,12 +105,14 @@ class ConvergenceSettings:
         num_segments: segments of every stream that are solved.
         solvers: names of solvers beside the model's own, with their default settings.
         checkpoints: also measure the contraction at each checkpoint that the run has kept.
+        gradients: ways to compute the gradient, by name, whose error is measured beside that of training's.
     """
 
     num_evaluations: tuple[int, ...] = (1, 2, 3, 5, 8, 12, 17, 24, 31, 48, 96)
     num_segments: int = 4
     solvers: tuple[str, ...] = ("anderson", "picard")
     checkpoints: bool = True
+    gradients: Mapping[str, GradientConfig] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         budgets = list(self.num_evaluations)

@@ -1,4 +1,4 @@
-"""How the solves of a trained equilibrium converge: by solver, by position, from two starts, and over training."""
+"""How the solves of a trained equilibrium converge: by solver, by position, from two starts, over training."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from deq_lm.regularizers.jacobian import spectral_radius
 from deq_lm.solvers import FixedPointSolver, Solution, StoppingRule, solve
 from deq_lm.structure import to_mapping
 from deq_lm.suites.config import ConvergenceSettings
+from deq_lm.suites.gradient_error import GradientError, measure_gradient_errors
 from deq_lm.suites.guarantees import Guarantee, measure_guarantees
 from deq_lm.suites.subjects import Subject
 
@@ -100,6 +101,7 @@ class ConvergenceResult(Record):
         two_starts: whether two starts end in one equilibrium.
         contraction: at each checkpoint, rising; the last is of the final model.
         guarantees: by splitting, of a cell that has them.
+        gradients: errors against the exact one, that of training first.
     """
 
     kind: ClassVar[str] = "convergence"
@@ -114,6 +116,7 @@ class ConvergenceResult(Record):
     two_starts: TwoStarts
     contraction: tuple[Contraction, ...]
     guarantees: tuple[Guarantee, ...] = ()
+    gradients: tuple[GradientError, ...] = ()
 
 
 def measure_convergence(
@@ -129,10 +132,12 @@ def measure_convergence(
 
     Raises:
         CheckpointError: it is not trained.
+        ConfigError: an unknown solver or adjoint, or an adjoint that does not go with the model's solver.
     """
     model = subject.trained(device)
-    tokens = subject.corpus().splits["test"].tokens
-    solves = _Solves(model, _segments(tokens, subject, settings.num_segments))
+    segments = segments_of(subject, "test", settings.num_segments)
+    gradients = tuple(measure_gradient_errors(model, segments, settings.gradients))
+    solves = _Solves(model, segments)
     own = solves.layers.solver
     others = [build_solver({"name": name}, "convergence.solvers") for name in settings.solvers]
     budgets, position_residuals = [], []
@@ -152,8 +157,9 @@ def measure_convergence(
         budgets=tuple(budgets),
         position_residuals=tuple(position_residuals),
         two_starts=_two_starts(solves, StoppingRule.fixed(settings.num_evaluations[-1] - 1)),
-        contraction=tuple(_over_training(subject, tokens, settings, device)),
+        contraction=tuple(_over_training(subject, segments, settings, device)),
         guarantees=tuple(solves.guarantees()),
+        gradients=gradients,
     )
 
 
@@ -199,10 +205,15 @@ class _Solves:
             yield from measure_guarantees(bound, self.layers.evaluation_stopping.rtol)
 
 
-def _segments(tokens: np.ndarray, subject: Subject, num_segments: int) -> list[Segment]:
+def segments_of(subject: Subject, split: str, num_segments: int) -> list[Segment]:
+    """The first segments of all streams of a split, as evaluation cuts it.
+
+    Raises:
+        CheckpointError: the subject is not trained, so that there is no tokenizer.
+    """
     config = subject.recipe.evaluation
     streams = ContiguousStreams(
-        tokens,
+        subject.corpus().splits[split].tokens,
         num_streams=config.batch_size,
         segment_length=config.segment_length,
         rank=0,
@@ -263,10 +274,9 @@ def _two_starts(solves: _Solves, stopping: StoppingRule) -> TwoStarts:
 
 
 def _over_training(
-    subject: Subject, tokens: np.ndarray, settings: ConvergenceSettings, device: torch.device
+    subject: Subject, segments: Sequence[Segment], settings: ConvergenceSettings, device: torch.device
 ) -> Iterator[Contraction]:
     """Of the checkpoints that are left, and of the final model."""
-    segments = _segments(tokens, subject, settings.num_segments)
     last = subject.recipe.training.max_steps
     folders = sorted(subject.run.checkpoints.glob("step_*")) if settings.checkpoints else []
     steps = {int(folder.name.removeprefix("step_")): folder for folder in folders if folder.is_dir()}
