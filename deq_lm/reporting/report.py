@@ -17,7 +17,8 @@ from matplotlib.figure import Figure
 from deq_lm.errors import DataError
 from deq_lm.reporting.measurements import Measurements
 from deq_lm.reporting.published import Published
-from deq_lm.reporting.sections import Plot, Section, Table, sections_of
+from deq_lm.reporting.sections import Plot, Section, sections_of
+from deq_lm.reporting.table import Table
 from deq_lm.training.durable import write_text
 
 _INK = "#123456"

@@ -14,18 +14,10 @@ from deq_lm.reporting.measurements import Measurements
 from deq_lm.reporting.plots import PLOTS, own_memory
 from deq_lm.reporting.published import Published
 from deq_lm.reporting.scale import ScalePoint, families
+from deq_lm.reporting.solves import budget_rows, gradient_rows, guarantee_rows, two_start_rows
+from deq_lm.reporting.table import Row, Table, number
 from deq_lm.structure import differences
 from deq_lm.suites import DECIDES_NO_WEIGHT, ConvergenceResult, CostResult, MemoryResult
-
-Row = Mapping[str, str]
-
-
-@dataclass(frozen=True)
-class Table:
-    """A title and rows of one set of columns."""
-
-    title: str
-    rows: Sequence[Row]
 
 
 @dataclass(frozen=True)
@@ -108,20 +100,20 @@ def headline_rows(
                 "model": row.name + (" *" if row is best else ""),
                 "parameters": f"{row.parameters.total:,}",
                 "outside embedding": f"{row.parameters.other:,}",
-                "tokens trained on": _number(row.training_tokens, ",d"),
+                "tokens trained on": number(row.training_tokens, ",d"),
                 "runs": str(row.num_seeds),
-                "nats per word": _number(row.nats_per_word, ".3f"),
-                "perplexity per word": _number(row.word_perplexity, ",.1f"),
-                "nats per token": _number(row.nats_per_token, ".3f") + _interval_of(row),
+                "nats per word": number(row.nats_per_word, ".3f"),
+                "perplexity per word": number(row.word_perplexity, ",.1f"),
+                "nats per token": number(row.nats_per_token, ".3f") + _interval_of(row),
                 f"difference to {rival}": "-" if row.name == rival else _difference(results, row.name, rival),
-                "bits per byte": _number(row.bits_per_byte, ".3f"),
-                "evaluations": _number(row.evaluations, ".1f"),
-                "converged": _number(row.share_converged, ".1%"),
+                "bits per byte": number(row.bits_per_byte, ".3f"),
+                "evaluations": number(row.evaluations, ".1f"),
+                "converged": number(row.share_converged, ".1%"),
                 "activations": _ratio(
                     memory and memory.most_activations, base_memory and base_memory.most_activations, 1e6, "MB"
                 ),
                 "training step": _ratio(cost and cost.training_seconds, base_cost, 1e-3, "ms"),
-                "MFLOP per training token": _number(cost and cost.training_flops / 1e6, ".1f"),
+                "MFLOP per training token": number(cost and cost.training_flops / 1e6, ".1f"),
                 "causal": "yes" if row.is_causal else "NO",
             }
         )
@@ -149,12 +141,12 @@ def published_rows(published: Published) -> list[Row]:
     return [
         {
             "model": model.model,
-            "parameters, M": _number(model.parameters_m, "g"),
-            "outside embedding, M": _number(model.outside_m, "g"),
-            "perplexity per word": _number(model.perplexity, "g"),
-            "memory, GB": _number(model.memory_gb, "g"),
-            "time": _number(model.time, "g"),
-            "evaluations": _number(model.evaluations, "d"),
+            "parameters, M": number(model.parameters_m, "g"),
+            "outside embedding, M": number(model.outside_m, "g"),
+            "perplexity per word": number(model.perplexity, "g"),
+            "memory, GB": number(model.memory_gb, "g"),
+            "time": number(model.time, "g"),
+            "evaluations": number(model.evaluations, "d"),
             "source": model.source,
             "recipe here": model.recipe or "-",
         }
@@ -174,8 +166,8 @@ def _headline(measurements: Measurements, rival: str | None) -> Section | None:
         protocols.append(
             f"{name}: {first.perplexity.num_tokens:,} tokens{words}, each token scored once; {first.evaluation.batch_size} "
             f"streams, segments of {first.evaluation.segment_length}, memory of {first.mem_len}, {first.precision}; bigram "
-            f"(interpolated Kneser-Ney) {_number(first.bigram.nats_per_token, '.3f')}, unigram "
-            f"{_number(first.unigram.nats_per_token, '.3f')} nats per token."
+            f"(interpolated Kneser-Ney) {number(first.bigram.nats_per_token, '.3f')}, unigram "
+            f"{number(first.unigram.nats_per_token, '.3f')} nats per token."
         )
     explanation = (
         "Means over the runs, with the 95 % interval of the mean; of a single run, in brackets, that over the documents of "
@@ -206,7 +198,7 @@ def _differences(measurements: Measurements, notes: Mapping[str, str] | None) ->
             {
                 "model": row.name,
                 "differs in": "; ".join(found) if own is not first else "what the others are compared with",
-                "nats per token": _number(row.nats_per_token, ".3f"),
+                "nats per token": number(row.nats_per_token, ".3f"),
                 "what it taught": notes.get(row.name, "-"),
             }
         )
@@ -238,13 +230,11 @@ def _memory(measurements: Measurements) -> Section | None:
             {
                 "model": row.model + (", regularized" if row.regularized else ""),
                 "evaluations or layers": str(row.num_evaluations),
-                "activations kept": "out of memory"
-                if row.at_peak is None
-                else _number(row.most_activations, ",d", 1e6),
-                "solver": _number(row.most_solver, ",d", 1e6),
-                "peak without embedding": _number(row.at_peak and row.at_peak.without_embedding, "d", 1e6),
-                "largest sum": _number(row.largest, "d", 1e6),
-                "allocator": _number(row.allocated, ",d", 1e6),
+                "activations kept": "out of memory" if row.at_peak is None else number(row.most_activations, ",d", 1e6),
+                "solver": number(row.most_solver, ",d", 1e6),
+                "peak without embedding": number(row.at_peak and row.at_peak.without_embedding, "d", 1e6),
+                "largest sum": number(row.largest, "d", 1e6),
+                "allocator": number(row.allocated, ",d", 1e6),
             }
             for row in result.rows
         ]
@@ -278,11 +268,9 @@ def _scale(measurements: Measurements) -> Section | None:
             for (depth, size), points in lines.items()
         ]
 
-    tables = [Table("test loss, nats per token", rows(lambda point: _number(point.nats, ".3f")))]
+    tables = [Table("test loss, nats per token", rows(lambda point: number(point.nats, ".3f")))]
     if any(point.operations is not None for points in lines.values() for point in points):
-        tables.append(
-            Table("10^12 operations of training", rows(lambda point: _number(point.operations, ",.1f", 1e12)))
-        )
+        tables.append(Table("10^12 operations of training", rows(lambda point: number(point.operations, ",.1f", 1e12))))
     text = "Every number of tokens has a schedule of its own, whose rate falls to its end."
     return Section("Scale", [text], tables, _plots(measurements, "loss_against_scale"))
 
@@ -303,26 +291,16 @@ def _convergence(measurements: Measurements) -> Section | None:
     results = measurements.of(ConvergenceResult)
     if not results:
         return None
-    rows = [
-        {
-            "model": result.model,
-            "seed": str(result.seed),
-            "distance of the two solutions, median": _number(result.two_starts.median_distance, ".1e"),
-            "distance, largest": _number(result.two_starts.max_distance, ".1e"),
-            "nats per token from zero": _number(result.two_starts.nats_per_token, ".5f"),
-            "from a random state": _number(result.two_starts.other_nats_per_token, ".5f"),
-            "spectral radius, median": _number(result.contraction[-1].median_spectral_radius, ".3f"),
-            "spectral radius, largest": _number(result.contraction[-1].max_spectral_radius, ".3f"),
-        }
-        for result in results
-    ]
     budget = max(result.settings.num_evaluations[-1] for result in results)
     text = (
         "Two starts: every segment is solved from zero and from random states of the equilibrium's size, with "
         f"{budget} evaluations; an equilibrium is one if both end in the same state."
     )
-    tables = [Table("two starts, and the Jacobian at the end", rows)]
-    if gradients := _gradient_rows(results):
+    tables = [
+        Table("two starts, and the Jacobian at the end", two_start_rows(results)),
+        Table("nats per token after so many evaluations", budget_rows(results)),
+    ]
+    if gradients := gradient_rows(results):
         text += (
             " Gradients are those of the loss of one segment, against the exact one: of the same weights in float64, both "
             "solves to 1e-10."
@@ -332,42 +310,8 @@ def _convergence(measurements: Measurements) -> Section | None:
     return Section("Convergence", [text], tables, _plots(measurements, *names))
 
 
-def _gradient_rows(results: Sequence[ConvergenceResult]) -> list[Row]:
-    return [
-        {
-            "model": result.model,
-            "seed": str(result.seed),
-            "gradient": error.gradient,
-            "evaluations": _number(error.evaluations, ".1f"),
-            "residual, median": _number(error.residual, ".1e"),
-            "adjoint evaluations": _number(error.adjoint_evaluations, ".1f"),
-            "adjoint residual, median": _number(error.adjoint_residual, ".1e"),
-            "relative error": _number(error.relative_error, ".2%"),
-            "cosine": _number(error.cosine, ".5f"),
-        }
-        for result in results
-        for error in result.gradients
-    ]
-
-
 def _guarantees(measurements: Measurements) -> Section | None:
-    rows = [
-        {
-            "model": result.model,
-            "seed": str(result.seed),
-            "splitting": guarantee.splitting,
-            "margin m": _number(guarantee.margin, ".3f"),
-            "margin, smallest measured": _number(guarantee.measured_margin, ".3f"),
-            "L": _number(guarantee.lipschitz, ".3f"),
-            "certified rate": _number(guarantee.certified_rate, ".4f"),
-            "to a residual of": f"{guarantee.rtol:g}",
-            "certified steps": _number(guarantee.certified_steps, ",d"),
-            "steps of the slowest solve": _number(guarantee.most_steps, ",d"),
-            "largest share of its certified steps": _number(guarantee.largest_share, ".1%"),
-        }
-        for result in measurements.of(ConvergenceResult)
-        for guarantee in result.guarantees
-    ]
+    rows = guarantee_rows(measurements.of(ConvergenceResult))
     text = (
         "What is proved for all weights and texts of a cell z = prox(W z + u) with I - W >= m I, m > 0: there is one "
         "equilibrium, and each step brings a splitting nearer to it by the certified rate at least. Beside it the worst of "
@@ -387,13 +331,13 @@ def _cost(measurements: Measurements) -> Section | None:
             {
                 "model": row.model,
                 "training step": _ratio(row.training_seconds, first.training_seconds, 1e-3, "ms"),
-                "MFLOP per token": _number(row.training_flops_per_token / 1e6, ".1f"),
-                "over the run": _number(row.training_flops / 1e6, ".1f"),
-                "evaluations": _number(row.training_evaluations, ".1f"),
-                "adjoint evaluations": _number(row.adjoint_evaluations, ".1f"),
+                "MFLOP per token": number(row.training_flops_per_token / 1e6, ".1f"),
+                "over the run": number(row.training_flops / 1e6, ".1f"),
+                "evaluations": number(row.training_evaluations, ".1f"),
+                "adjoint evaluations": number(row.adjoint_evaluations, ".1f"),
                 "scoring a segment": _ratio(row.inference_seconds, first.inference_seconds, 1e-3, "ms"),
-                "MFLOP per token scored": _number(row.inference_flops_per_token / 1e6, ".2f"),
-                "evaluations in scoring": _number(row.inference_evaluations, ".1f"),
+                "MFLOP per token scored": number(row.inference_flops_per_token / 1e6, ".2f"),
+                "evaluations in scoring": number(row.inference_evaluations, ".1f"),
             }
             for row in result.rows
         ]
@@ -457,12 +401,6 @@ def _machine(record: Record) -> str:
     environment = record.environment
     threads = environment.get("torch_threads")
     return ", ".join(environment.get("gpus") or [f"{environment.get('cpu')}, {threads} thread" + "s" * (threads != 1)])
-
-
-def _number(value: Any, form: str, unit: float | None = None) -> str:
-    if value is None:
-        return "-"
-    return format(value / unit, ",.1f") if unit else format(value, form)
 
 
 def _ratio(value: float | None, base: float | None, unit: float, name: str) -> str:

@@ -143,6 +143,21 @@ def test_the_same_measurements_give_the_same_bytes(results, tmp_path):
         assert path.read_bytes() == (tmp_path / "second" / path.name).read_bytes(), path.name
 
 
+def test_convergence_is_told_by_budget_and_the_gradient_by_its_error(results, tmp_path):
+    write_report(read_measurements([results]), None, tmp_path, title="All of it")
+    tables = json.loads((tmp_path / "tables.json").read_text("utf-8"))["tables"]
+    record = json.loads((results / "convergence.json").read_text("utf-8"))
+    (losses,) = tables["nats per token after so many evaluations"]
+    own = [point for point in record["budgets"] if point["solver"] == "Broyden (prefix)"]
+    assert losses == {"model": "equilibrium", "seed": "1"} | {
+        str(point["num_evaluations"]): f"{point['nats_per_token']:.5f}" for point in own
+    }
+    (row,) = tables["error of the gradient"]
+    (error,) = record["gradients"]
+    assert (row["gradient"], row["relative error"]) == ("as in training", f"{error['relative_error']:.2%}")
+    assert row["cosine"] == f"{error['cosine']:.5f}"
+
+
 @pytest.mark.parametrize("kind", ["memory", "cost", "convergence", "evaluation_unrolled", "learning_equilibrium"])
 def test_a_report_of_one_measurement_says_what_is_missing(results, tmp_path, kind: str):
     sections = write_report(read_measurements([results / f"{kind}.json"]), None, tmp_path, title="Part")
