@@ -84,7 +84,7 @@ class _Penalty(torch.autograd.Function):
 
 
 def spectral_radius(
-    f: Callable[[Tensor], Tensor], z: Tensor, *, num_iterations: int = 100, generator: torch.Generator | None = None
+    f: Callable[[Tensor], Tensor], z: Tensor, *, num_iterations: int = 200, generator: torch.Generator | None = None
 ) -> Tensor:
     """The largest modulus of an eigenvalue of df/dz at z, one per sequence; plain iteration converges if it is below 1.
 
@@ -106,7 +106,7 @@ def spectral_radius(
         ValueError: if num_iterations is below 2.
     """
     if num_iterations < 2:
-        raise ValueError(f"spectral_radius(num_iterations={num_iterations}): expected 2 or more; 100 gives about 1 %.")
+        raise ValueError(f"spectral_radius(num_iterations={num_iterations}): expected 2 or more; 200 gives about 1 %.")
     with torch.enable_grad():
         z = z.detach().requires_grad_()
         image = f(z)
