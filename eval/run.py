@@ -41,11 +41,16 @@ def main() -> int:
         metavar="MODEL",
         help="some of the suite's, by name; or recipes or run folders in place of them, as PATH or NAME=PATH",
     )
-    parser.add_argument("--seeds", nargs="+", type=int, default=[], help="instead of the suite's")
+    parser.add_argument("--seeds", nargs="+", default=[], metavar="SEED", help="whole numbers, instead of the suite's")
     parser.add_argument("--train", action="store_true", help="train missing models, also where the suite does not")
     parser.add_argument("--runs", type=Path, help="where runs are looked for and trained; default: runs/SUITE")
     parser.add_argument("--output", type=Path, help="folder to write to; default: results/SUITE")
     arguments = parser.parse_intermixed_args()
+    # `eval/run.py compare --seeds 0 1 training.max_steps=9`: the last one is no seed, and after --models no model
+    overrides = [*arguments.overrides, *filter(_is_override, [*arguments.models, *arguments.seeds])]
+    models, seeds = ([text for text in texts if text not in overrides] for texts in (arguments.models, arguments.seeds))
+    if wrong := [seed for seed in seeds if not seed.isdecimal()]:
+        parser.error(f"--seeds {' '.join(wrong)}: expected whole numbers of 0 or more")
     logging.basicConfig(level=logging.WARNING, format="eval/run.py: %(message)s")
 
     # torch and transformers take seconds to import, which --help and a mistyped option need not wait for
@@ -57,13 +62,10 @@ def main() -> int:
     path = Path(arguments.suite)
     try:
         suite = load_suite(path if path.suffix == ".yaml" else SUITES / f"{path}.yaml")
-        # `eval/run.py compare --models a b training.max_steps=9`: the last one is no model
-        models = [text for text in arguments.models if not _is_override(text)]
-        overrides = [*arguments.overrides, *(text for text in arguments.models if _is_override(text))]
         subjects = subjects_of(
             suite,
             models=models,
-            seeds=arguments.seeds,
+            seeds=list(map(int, seeds)),
             overrides=overrides,
             runs=arguments.runs or Path("runs") / suite.name,
         )

@@ -248,16 +248,16 @@ def loss_against_scale(measurements: Measurements) -> Figure | None:
         return None
     has_costs = any(point.operations is not None for points in lines.values() for point in points)
     figure, panels = _figure(2 if has_costs else 1, height=3.8)
-    depths = list(dict.fromkeys(depth for depth, _ in lines))
+    kinds = list(dict.fromkeys(kind for kind, _ in lines))
     sizes = sorted({size for _, size in lines})
-    for (depth, size), points in lines.items():
+    for (kind, size), points in lines.items():
         style = {
-            "color": COLORS[depths.index(depth) % len(COLORS)],
+            "color": COLORS[kinds.index(kind) % len(COLORS)],
             "marker": _MARKERS[sizes.index(size) % len(_MARKERS)],
             "markersize": 4,
             "linewidth": 1.0,
         }
-        panels[0].plot([p.tokens / 1e6 for p in points], [p.nats for p in points], label=f"{depth}, {size:,}", **style)
+        panels[0].plot([p.tokens / 1e6 for p in points], [p.nats for p in points], label=f"{kind}, {size:,}", **style)
         known = [(p.operations / 1e12, p.nats) for p in points if p.operations is not None]
         if known:
             panels[1].plot(*zip(*known, strict=True), **style)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from deq_lm.evaluation import compare, model_name
+from deq_lm.evaluation import EvaluationResult, compare, model_name
 from deq_lm.reporting.measurements import Measurements
 from deq_lm.suites import CostResult
 
@@ -25,21 +25,27 @@ class ScalePoint:
 
 
 def families(measurements: Measurements) -> dict[tuple[str, int], list[ScalePoint]]:
-    """Models of one depth and number of parameters that differ in the tokens they were trained on, of the first text.
+    """Models of one kind and number of parameters that differ in the tokens they were trained on, of the first text.
 
-    Empty if no two do. Of several that were trained on as many tokens the first to be measured counts.
+    Empty if no two do. Of several that were trained on as many tokens the first of the results counts.
     """
     results = next(iter(measurements.texts().values()), [])
     cost = measurements.first(CostResult)
     flops = {row.model: row.training_flops for row in (cost.rows if cost else ())}
-    depths = {model_name(result): result.model["depth"] for result in results}
-    order = list(depths)
+    kinds = {model_name(result): _kind(result) for result in results}
+    order = list(kinds)
     found: dict[tuple[str, int], dict[int, ScalePoint]] = {}
     for row in sorted(compare(results) if results else (), key=lambda row: order.index(row.name)):
         if (tokens := row.training_tokens) is not None:
             operations = flops[row.name] * tokens if row.name in flops else None
             point = ScalePoint(tokens, row.nats_per_token, operations)
-            found.setdefault((depths[row.name], row.parameters.total), {}).setdefault(tokens, point)
+            found.setdefault((kinds[row.name], row.parameters.total), {}).setdefault(tokens, point)
     if all(len(points) < 2 for points in found.values()):
         return {}
     return {family: [points[tokens] for tokens in sorted(points)] for family, points in sorted(found.items())}
+
+
+def _kind(result: EvaluationResult) -> str:
+    depth = {"stack": "untied"}.get(result.model["depth"], result.model["depth"])
+    regularized = depth == "unrolled" and (result.recipe or {}).get("training", {}).get("jacobian") is not None
+    return f"{depth}, regularized" if regularized else depth

@@ -15,9 +15,10 @@ from deq_lm.reporting.plots import PLOTS, own_memory
 from deq_lm.reporting.published import Published
 from deq_lm.reporting.scale import ScalePoint, families
 from deq_lm.reporting.solves import budget_rows, gradient_rows, guarantee_rows, two_start_rows
-from deq_lm.reporting.table import Row, Table, number
+from deq_lm.reporting.table import Row, Table, in_units, number
 from deq_lm.structure import differences
 from deq_lm.suites import DECIDES_NO_WEIGHT, ConvergenceResult, CostResult, MemoryResult
+from deq_lm.suites.gradient_error import CLOSE
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def sections_of(
         measurements: what to show.
         published: numbers to show beside them.
         notes: what a model taught, by its name; with them the settings are shown in which the models differ from the
-            first of them.
+            first of them, and nothing by scale: models that differ in more than size and tokens are no curve.
 
     Raises:
         DataError: results of one text were not measured alike.
@@ -62,7 +63,7 @@ def sections_of(
         _differences(measurements, notes),
         _published(published),
         _memory(measurements),
-        _scale(measurements),
+        None if notes else _scale(measurements),
         _learning(measurements),
         _compute(measurements),
         _convergence(measurements),
@@ -159,6 +160,7 @@ def _headline(measurements: Measurements, rival: str | None) -> Section | None:
     if not texts:
         return None
     tables, protocols = [], []
+    cuts = [result.causality.num_cuts for results in texts.values() for result in results]
     for name, results in texts.items():
         first = results[0]
         tables.append(Table(name, _without_empty(headline_rows(measurements, results, rival=rival))))
@@ -175,7 +177,8 @@ def _headline(measurements: Measurements, rival: str | None) -> Section | None:
         "and all others are apart; without one no model is better than another by this evidence. Differences are of nats "
         "per token, paired by seed. Activations are the most bytes recorded for a backward pass at any time of a training "
         "step, and in brackets their ratio to the first model's of the suite; times likewise. Evaluations: of the cell in "
-        "a solve when scoring, mean."
+        "a solve when scoring, mean. Causal: by the audit of each run, of "
+        f"{min(cuts)} to {max(cuts)} sequences cut once each."
     )
     return Section("Models side by side", [*protocols, explanation], tables)
 
@@ -190,19 +193,26 @@ def _differences(measurements: Measurements, notes: Mapping[str, str] | None) ->
     rows = []
     for row in compare(results):
         own = by_name[row.name]
-        depth = own.model["depth"]
-        found = [f"model.depth: {depth}"]  # what else differs follows from it
-        if depth == first.model["depth"]:
-            found = differences(first.recipe or {}, own.recipe or {}, _OF_A_RUN)
         rows.append(
             {
                 "model": row.name,
-                "differs in": "; ".join(found) if own is not first else "what the others are compared with",
+                "differs in": "what the others are compared with" if own is first else "; ".join(_settings(first, own)),
                 "nats per token": number(row.nats_per_token, ".3f"),
                 "what it taught": notes.get(row.name, "-"),
             }
         )
-    return Section("One change at a time", (), [Table(f"differences from {model_name(first)}", rows)])
+    return Section("What each differs in", (), [Table(f"differences from {model_name(first)}", rows)])
+
+
+def _settings(first: EvaluationResult, own: EvaluationResult) -> list[str]:
+    """In words, without what follows from another difference."""
+    found = differences(first.recipe or {}, own.recipe or {}, _OF_A_RUN)
+    if own.model["depth"] != first.model["depth"]:
+        told = ("model.depth", "model.num_layers", "model.cell", "training.optimizer", "training.jacobian")
+        return [difference for difference in found if difference.startswith(told)]
+    if any(difference.startswith("model.adjoint.name") for difference in found):  # the other one has other settings
+        return [line for line in found if not (line.startswith("model.adjoint.") and line.endswith(": null here"))]
+    return found
 
 
 _OF_A_RUN = (*DECIDES_NO_WEIGHT, "seed", "data.tokenizer", "data.vocab_size", "model.evaluation_stopping")
@@ -230,11 +240,11 @@ def _memory(measurements: Measurements) -> Section | None:
             {
                 "model": row.model + (", regularized" if row.regularized else ""),
                 "evaluations or layers": str(row.num_evaluations),
-                "activations kept": "out of memory" if row.at_peak is None else number(row.most_activations, ",d", 1e6),
-                "solver": number(row.most_solver, ",d", 1e6),
-                "peak without embedding": number(row.at_peak and row.at_peak.without_embedding, "d", 1e6),
-                "largest sum": number(row.largest, "d", 1e6),
-                "allocator": number(row.allocated, ",d", 1e6),
+                "activations kept": "out of memory" if row.at_peak is None else in_units(row.most_activations, 1e6),
+                "solver": in_units(row.most_solver, 1e6),
+                "peak without embedding": in_units(row.at_peak and row.at_peak.without_embedding, 1e6),
+                "largest sum": in_units(row.largest, 1e6),
+                "allocator": in_units(row.allocated, 1e6),
             }
             for row in result.rows
         ]
@@ -262,15 +272,15 @@ def _scale(measurements: Measurements) -> Section | None:
 
     def rows(value: Callable[[ScalePoint], str]) -> list[Row]:
         return [
-            {"depth": depth, "parameters": f"{size:,}"}
+            {"kind": kind, "parameters": f"{size:,}"}
             | {f"{tokens / 1e6:.2g} M tokens": "-" for tokens in budgets}
             | {f"{point.tokens / 1e6:.2g} M tokens": value(point) for point in points}
-            for (depth, size), points in lines.items()
+            for (kind, size), points in lines.items()
         ]
 
     tables = [Table("test loss, nats per token", rows(lambda point: number(point.nats, ".3f")))]
     if any(point.operations is not None for points in lines.values() for point in points):
-        tables.append(Table("10^12 operations of training", rows(lambda point: number(point.operations, ",.1f", 1e12))))
+        tables.append(Table("10^12 operations of training", rows(lambda point: in_units(point.operations, 1e12))))
     text = "Every number of tokens has a schedule of its own, whose rate falls to its end."
     return Section("Scale", [text], tables, _plots(measurements, "loss_against_scale"))
 
@@ -302,8 +312,8 @@ def _convergence(measurements: Measurements) -> Section | None:
     ]
     if gradients := gradient_rows(results):
         text += (
-            " Gradients are those of the loss of one segment, against the exact one: of the same weights in float64, both "
-            "solves to 1e-10."
+            " Gradients are those of the loss of one segment of all streams, against the exact one: of the same weights in "
+            f"float64, both solves to {CLOSE.rtol:g}."
         )
         tables.append(Table("error of the gradient", gradients))
     names = "residual_against_evaluations", "residual_by_position", "contraction_over_training"

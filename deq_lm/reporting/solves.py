@@ -55,7 +55,7 @@ def gradient_rows(results: Sequence[ConvergenceResult]) -> list[Row]:
             "adjoint evaluations": number(error.adjoint_evaluations, ".1f"),
             "adjoint residual, median": number(error.adjoint_residual, ".1e"),
             "relative error": number(error.relative_error, ".2%"),
-            "cosine": number(error.cosine, ".5f"),
+            "cosine": number(error.cosine, ".4f"),
         }
         for result in results
         for error in result.gradients

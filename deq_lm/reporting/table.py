@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 Row = Mapping[str, str]
 
@@ -17,8 +16,11 @@ class Table:
     rows: Sequence[Row]
 
 
-def number(value: Any, form: str, unit: float | None = None) -> str:
-    """The value by a format, or in so many units with one decimal; a dash for None."""
-    if value is None:
-        return "-"
-    return format(value / unit, ",.1f") if unit else format(value, form)
+def number(value: float | None, form: str) -> str:
+    """The value by a format; a dash for None."""
+    return "-" if value is None else format(value, form)
+
+
+def in_units(value: float | None, unit: float) -> str:
+    """The value in so many units, with one decimal; a dash for None."""
+    return "-" if value is None else f"{value / unit:,.1f}"

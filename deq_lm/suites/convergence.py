@@ -1,4 +1,4 @@
-"""How the solves of a trained equilibrium converge: by solver, by position, from two starts, over training."""
+"""How the solves of a trained equilibrium converge, by solver, position and start, and what its gradient is worth."""
 
 from __future__ import annotations
 

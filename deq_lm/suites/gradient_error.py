@@ -23,25 +23,26 @@ from deq_lm.solvers import Broyden, Outcome, Solution, StoppingRule
 from deq_lm.suites.config import GradientConfig
 
 AS_IN_TRAINING = "as in training"
-"""The name of the gradient by the model's own settings, of its last phase."""
+"""The name of the gradient by the model's own settings, which training comes to after its phases."""
 
 CLOSE = StoppingRule(max_steps=2000, rtol=1e-10, patience=None, divergence_factor=None)
-"""Of both solves of what counts as exact, in float64."""
+EXACT = Implicit(solver=Broyden(scope="sequence", history_size=30), stopping=CLOSE)
+"""Both solves of what counts as exact, in float64."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GradientError:
-    """The gradient of the loss of one segment, all parameters together, without regularization and dropout.
+    """The gradient of the loss of one segment, all parameters together, in float32, without regularization and dropout.
 
     Residuals are relative, and medians over the sequences.
 
     Attributes:
         gradient: how it was computed: `AS_IN_TRAINING`, or a name in `ConvergenceSettings.gradients`.
-        evaluations: of the cell in the forward solve, mean.
+        evaluations: of the cell in the forward solve, mean; without those that are then differentiated.
         residual: of the forward solve.
         adjoint_evaluations, adjoint_residual: of the adjoint solve; None without one.
-        relative_error: ||g - g*|| / ||g*||, with g* of the same weights and text in float64, both solves to a residual of
-            1e-10; None where these do not get there, or g is not finite.
+        relative_error: ||g - g*|| / ||g*||, with g* of the same weights and text in float64, both solves as close as
+            `EXACT`; None where these do not get there, or g is not finite.
         cosine: of the angle between the two; likewise.
     """
 
@@ -65,17 +66,19 @@ def measure_gradient_errors(
         gradients: other ways to compute it, by name.
 
     Raises:
-        ConfigError: an adjoint is unknown, or does not go with the model's solver.
+        ConfigError: an adjoint is unknown, or does not go with the model's solver, or a name is that of training's.
     """
     layers = model.model.layers
     assert isinstance(layers, Equilibrium)
+    if AS_IN_TRAINING in gradients:
+        raise ConfigError(f"convergence.gradients: {AS_IN_TRAINING!r} is always measured. Give another name.")
     ways = {AS_IN_TRAINING: (layers.stopping, layers.adjoint)}
     ways |= {name: _way(layers, config, f"convergence.gradients.{name}") for name, config in gradients.items()}
     memory = None
     for segment in segments[:-1]:
         with measuring(model):
             memory = model(segment.input_ids.to(device_of(model)), memory=memory, return_logits=False).memory
-    exact = _differentiate(deepcopy(model).double(), segments[-1], memory, CLOSE, _EXACT)
+    exact = _differentiate(deepcopy(model).double(), segments[-1], memory, CLOSE, EXACT)
     for name, way in ways.items():
         yield _compare(name, _differentiate(model, segments[-1], memory, *way), exact)
 
@@ -87,9 +90,6 @@ def _way(layers: Equilibrium, config: GradientConfig, where: str) -> tuple[Stopp
     except ValueError as error:
         raise ConfigError(f"{where}.adjoint: {error}") from error
     return config.stopping or layers.stopping, adjoint
-
-
-_EXACT = Implicit(solver=Broyden(scope="sequence", history_size=30), stopping=CLOSE)
 
 
 @dataclass(frozen=True)

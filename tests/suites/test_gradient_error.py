@@ -72,6 +72,11 @@ def test_dropout_is_off_and_the_model_is_left_as_it_was(subjects):
     assert all(parameter.grad is None and parameter.dtype == torch.float32 for parameter in model.parameters())
 
 
+def test_the_name_of_the_gradient_of_training_is_taken(subjects):
+    with pytest.raises(ConfigError, match="'as in training' is always measured"):
+        errors(subjects[0], **{AS_IN_TRAINING: implicit(1e-3)})
+
+
 def test_a_reference_that_has_not_converged_is_none(subjects, monkeypatch):
     monkeypatch.setattr(gradient_error, "CLOSE", StoppingRule(rtol=1e-10, max_steps=3))
     found = errors(subjects[0])[AS_IN_TRAINING]

@@ -62,7 +62,7 @@ def test_a_suite_trains_what_is_missing_and_measures_all(monkeypatch, recipes, t
 
     before = {path: path.stat().st_mtime_ns for path in runs.rglob("*") if path.is_file()}
     capfd.readouterr()
-    assert call(monkeypatch, *arguments, "--models", "unrolled") == 0
+    assert call(monkeypatch, suite, *arguments[3:], "--models", "unrolled", "--seeds", "0", *arguments[1:3]) == 0
     assert "training unrolled" not in capfd.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in runs.rglob("*") if path.is_file()} == before
 
@@ -106,6 +106,9 @@ def test_a_run_without_metrics_is_no_error_in_a_suite(monkeypatch, subjects, tmp
         (["perplexity"], "has no models of its own"),
         (["perplexity", "--models", "absent"], "no model of the suite perplexity"),
         (["compare", "model.cell.d_moddel=3"], "d_moddel: unknown key"),
+        (["compare", "--seeds", "0", "model.cell.d_moddel=3"], "d_moddel: unknown key"),
+        (["compare", "--models", "unrolled", "model.cell.d_moddel=3"], "d_moddel: unknown key"),
+        (["compare", "training"], "training"),
     ],
 )
 def test_a_mistake_is_one_line(monkeypatch, capsys, tmp_path, arguments: list[str], message: str):
@@ -115,6 +118,11 @@ def test_a_mistake_is_one_line(monkeypatch, capsys, tmp_path, arguments: list[st
     assert message in error
     assert error.count("\n") == 1
     assert not (tmp_path / "results").exists()
+
+
+def test_a_seed_that_is_no_number_is_named(monkeypatch, capsys):
+    assert call(monkeypatch, "compare", "--seeds", "0", "one") == 2
+    assert "--seeds one: expected whole numbers" in capsys.readouterr().err
 
 
 def test_a_suite_that_does_not_train_says_what_is_missing(monkeypatch, capsys, recipes, tmp_path):
