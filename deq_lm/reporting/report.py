@@ -80,14 +80,14 @@ def write_report(
 def write_markdown(
     measurements: Measurements, path: Path, *, title: str, notes: Mapping[str, str] | None = None
 ) -> None:
-    """Write the Markdown twin alone, without plots and the published numbers.
+    """Write the Markdown twin alone, without plots, what is but words about plots, and the published numbers.
 
     Raises:
         DataError: as `write_report`.
     """
-    sections = [replace(section, plots=()) for section in sections_of(measurements, None, notes)]
+    sections = [section for section in sections_of(measurements, None, notes) if section.tables or not section.plots]
     try:
-        write_text(path, to_markdown(title, [section for section in sections if section.text or section.tables]))
+        write_text(path, to_markdown(title, [replace(section, plots=()) for section in sections]))
     except OSError as error:
         raise DataError(f"{path}: cannot be written ({error.strerror}). Choose another --markdown.") from error
 

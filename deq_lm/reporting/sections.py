@@ -211,7 +211,7 @@ def _settings(first: EvaluationResult, own: EvaluationResult) -> list[str]:
         told = ("model.depth", "model.num_layers", "model.cell", "training.optimizer", "training.jacobian")
         return [difference for difference in found if difference.startswith(told)]
     if any(difference.startswith("model.adjoint.name") for difference in found):  # the other one has other settings
-        return [line for line in found if not (line.startswith("model.adjoint.") and line.endswith(": null here"))]
+        return [line for line in found if not (line.startswith("model.adjoint.") and line.endswith(" null here"))]
     return found
 
 
