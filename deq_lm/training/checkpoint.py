@@ -66,6 +66,7 @@ class Progress:
         best_step: of the lowest loss on the validation split; None before the first.
         best_nats_per_token: that loss.
         mean_nats_per_token: running mean of the loss, against which a spike is seen; None before the first step.
+        owes_validation: whether a signal broke off the validation of this step, which is then the next thing to do.
     """
 
     step: int = 0
@@ -75,6 +76,7 @@ class Progress:
     mean_nats_per_token: float | None = None
     best_step: int | None = None
     best_nats_per_token: float | None = None
+    owes_validation: bool = False
 
     def is_best(self, nats_per_token: float | None) -> bool:
         """Whether the validation loss of this step is the lowest so far, and if so note it; None (not finite) never is."""

@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -218,13 +219,14 @@ def test_a_run_folder_holds_the_run(tmp_path):
 
 def test_the_step_of_the_lowest_validation_loss_leaves_a_checkpoint(tmp_path, monkeypatch):
     recipe = make_recipe(tmp_path, "training.evaluate_every=3", "training.checkpoint_every=100", "training.max_steps=8")
-    validate, losses = loop.validate, iter([2.0, 3.0])
+    measure, losses = loop.evaluate_perplexity, iter([2.0, 3.0])
 
     def lowest_at_three(*args):
-        validate(*args)
-        return next(losses)
+        result = measure(*args)
+        nll_nats = result.perplexity.num_tokens * next(losses)
+        return replace(result, perplexity=replace(result.perplexity, nll_nats=nll_nats))
 
-    monkeypatch.setattr(loop, "validate", lowest_at_three)
+    monkeypatch.setattr(loop, "evaluate_perplexity", lowest_at_three)
     train(recipe)
     checkpoints = Path(recipe.training.output_dir) / "checkpoints"
     assert sorted(path.name for path in checkpoints.iterdir()) == ["step_00000003", "step_00000008"]
