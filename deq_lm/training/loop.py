@@ -18,6 +18,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 from transformers.utils.logging import disable_progress_bar
 
+from deq_lm.adjoints import Implicit
+from deq_lm.adjoints.implicit import SPACING
 from deq_lm.data.encoding import EncodedCorpus, prepare
 from deq_lm.data.streams import ContiguousStreams
 from deq_lm.data.tokenizers import vocabulary_hash
@@ -28,7 +30,7 @@ from deq_lm.evaluation.model_card import write_model_card
 from deq_lm.evaluation.modes import remembering
 from deq_lm.evaluation.sample import sample_text
 from deq_lm.modeling import DEQLMForCausalLM, build_config
-from deq_lm.modeling.builders import build_stopping
+from deq_lm.modeling.builders import build_adjoint, build_stopping
 from deq_lm.structure import to_mapping
 from deq_lm.training import checkpoint, sharding
 from deq_lm.training.checkpoint import Progress, TrainingState
@@ -48,7 +50,7 @@ from deq_lm.training.tracking import Interval, Tracker, memory_use, summarize
 logger = logging.getLogger(__name__)
 
 BFLOAT16_FLOOR = 2.0**-8
-"""The relative residual at which bfloat16's rounding, of 8 bits, ends a solve: measured, 2e-3 to 4e-3."""
+"""The relative residual at which bfloat16's rounding, of 8 bits, ends a forward solve: measured, 2e-3 to 4e-3."""
 
 
 def train(recipe: Recipe, *, resume: bool = False) -> int | None:
@@ -206,16 +208,23 @@ def lock(run: RunFolder, accelerator: Accelerator, held: ExitStack) -> None:
 
 
 def warn_of_precision_floor(recipe: Recipe) -> None:
-    """Log a warning for a stopping rule of training that no solve in bfloat16 can meet."""
+    """Log a warning for each stopping rule of training that no solve in bfloat16 can meet."""
     config = recipe.model_config
-    rtol = build_stopping(config.stopping, "model.stopping").rtol
-    if config.depth == "equilibrium" and rtol < BFLOAT16_FLOOR:
-        logger.warning(
-            "model.stopping.rtol=%g with mixed precision bf16: an evaluation in bfloat16 is exact to about %g, so that "
-            "solves will stall or run out of steps. Give a rtol above it, or train in float32.",
-            rtol,
-            BFLOAT16_FLOOR,
-        )
+    if config.depth != "equilibrium":
+        return
+    rules = [("model.stopping", build_stopping(config.stopping, "model.stopping"), BFLOAT16_FLOOR)]
+    adjoint = build_adjoint(config.adjoint, "model.adjoint")
+    if isinstance(adjoint, Implicit):
+        rules.append(("model.adjoint.stopping", adjoint.stopping, SPACING * BFLOAT16_FLOOR))
+    for name, rule, floor in rules:
+        if rule.rtol < floor:
+            logger.warning(
+                "%s.rtol=%g with mixed precision bf16: what is computed in bfloat16 is exact to about %.2g there, so that "
+                "solves will stall or run out of steps. Give a rtol above it, or train in float32.",
+                name,
+                rule.rtol,
+                floor,
+            )
 
 
 def validate(
