@@ -11,7 +11,7 @@ EPILOG = """examples:
   python eval/evaluate.py runs/demo_cpu
   python eval/evaluate.py runs/demo_cpu/checkpoints/step_00000600 --split valid
   python eval/evaluate.py runs/demo_cpu --corpus text --data-dir my_texts --output my_texts.json
-  python eval/evaluate.py runs/demo_cpu evaluation.segment_length=128 evaluation.causality_cuts=25
+  python eval/evaluate.py runs/demo_cpu evaluation.segment_length=128 evaluation.causality_cuts=1000
 
 Text and protocol are those of the run's recipe.yaml, looked for in the checkpoint's folder and the two above it; settings
 of its sections data and evaluation can be replaced. The tokenizer is always the checkpoint's. The n-gram models are fitted
