@@ -143,6 +143,28 @@ def save(
     return path
 
 
+def warn_of_little_space(folder: Path, model: DEQLMForCausalLM, *, keep: int) -> None:
+    """Log a warning if the disk has no room for all checkpoints that will be in `folder` at once, and the final model.
+
+    Counted are the weights and Adam's two moments of them, which are nearly all of a checkpoint.
+    """
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    num_checkpoints = keep + 2  # the best besides, and the one being written
+    needed = num_checkpoints * 3 * weights + weights
+    there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    free = shutil.disk_usage(folder).free
+    if there + free < needed:
+        logger.warning(
+            "%s: its disk has %.3g GB free, and up to %d checkpoints of %.3g GB each and the final model will take %.3g GB "
+            "more. Free some space, or lower training.keep_checkpoints.",
+            folder,
+            free / 1e9,
+            num_checkpoints,
+            3 * weights / 1e9,
+            (needed - there) / 1e9,
+        )
+
+
 def newest_complete(folder: Path) -> Path | None:
     """The newest checkpoint in `folder` that is complete and unaltered; damaged ones are logged and passed over.
 
