@@ -17,6 +17,10 @@ class CheckpointError(ValueError):
     """A checkpoint or run folder is damaged, belongs to another model, or is in the way."""
 
 
+class Interrupted(Exception):  # no mistake, and no outcome of ours: a request
+    """A signal asks for the end of what is being measured."""
+
+
 class SolveError(RuntimeError):
     """A solve did not converge and the policy is to raise."""
 

@@ -11,7 +11,7 @@ EPILOG = """examples:
   python eval/evaluate.py runs/demo_cpu
   python eval/evaluate.py runs/demo_cpu/checkpoints/step_00000600 --split valid
   python eval/evaluate.py runs/demo_cpu --corpus text --data-dir my_texts --output my_texts.json
-  python eval/evaluate.py runs/demo_cpu evaluation.segment_length=128 evaluation.causality_cuts=25
+  python eval/evaluate.py runs/demo_cpu evaluation.segment_length=128 evaluation.causality_cuts=1000
 
 Text and protocol are those of the run's recipe.yaml, looked for in the checkpoint's folder and the two above it; settings
 of its sections data and evaluation can be replaced. The tokenizer is always the checkpoint's. The n-gram models are fitted
@@ -62,7 +62,7 @@ def measure(arguments: argparse.Namespace) -> None:
 
     from deq_lm.data.encoding import PREPARED, prepare
     from deq_lm.errors import CheckpointError
-    from deq_lm.evaluation import evaluate, render, write_record
+    from deq_lm.evaluation import evaluate, render, score_split, write_record
     from deq_lm.evaluation.loading import load_model, model_folder
     from deq_lm.evaluation.model_card import write_model_card
     from deq_lm.evaluation.records import check_output
@@ -95,17 +95,19 @@ def measure(arguments: argparse.Namespace) -> None:
             f"{folder}: its tokenizer is not the one {data.data_dir} was prepared with. Prepare the text with "
             f"--tokenizer {folder}."
         )
-    result = evaluate(
-        model.to(accelerator.device),
-        corpus,
-        recipe.evaluation,
-        split=arguments.split,
-        seed=recipe.seed,
-        location=str(folder),
-        recipe=to_mapping(replace(recipe, data=data)),
-        accelerator=accelerator,
-    )
-    if result is not None:  # on the main process
+    model.to(accelerator.device)
+    scored = score_split(model, corpus.splits[arguments.split], recipe.evaluation, accelerator)
+    if accelerator.is_main_process:
+        result = evaluate(
+            model,
+            corpus,
+            recipe.evaluation,
+            split=arguments.split,
+            scored=scored,
+            seed=recipe.seed,
+            location=str(folder),
+            recipe=to_mapping(replace(recipe, data=data)),
+        )
         write_record(output, result)
         if output == folder / "evaluation.json":
             write_model_card(folder, result)

@@ -36,6 +36,10 @@ MISTAKES = {
     "eval/run.py": ["missing"],
     "eval/benchmarks/adjoint_reuse.py": ["--model", "missing", "--output", "out.json"],
     "eval/benchmarks/robustness.py": ["--quick", "--model", "missing"],
+    **{
+        f"eval/benchmarks/{name}.py": ["--output", "missing/out.json"]
+        for name in ("generation", "monotone", "multiscale", "resolvent", "solvers", "training_step")
+    },
 }
 
 

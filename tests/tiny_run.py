@@ -1,7 +1,9 @@
 """A run of seconds: a corpus of a few thousand characters, a model of a few thousand weights."""
 
 import json
+import os
 import random
+import signal
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -135,10 +137,28 @@ def leave_weights_alone(state: TrainingState) -> None:
         group["params"].clear()
 
 
+UNEQUAL = ("tokens_per_second", "process_peak_bytes")
+"""Metrics that are not the same from run to run."""
+
+
 def metrics(recipe: Recipe, kind: str) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl of one kind."""
     lines = (Path(recipe.training.output_dir) / "metrics.jsonl").read_text("utf-8").splitlines()
     return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+def signal_at_call(monkeypatch, holder, name: str, number: int) -> list[int]:
+    """SIGTERM comes with the `number`th call of `holder`.`name`; the list that is returned counts all calls."""
+    work, calls = getattr(holder, name), []
+
+    def count_and_work(*args, **kwargs):
+        calls.append(len(calls) + 1)
+        if len(calls) == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return work(*args, **kwargs)
+
+    monkeypatch.setattr(holder, name, count_and_work)
+    return calls
 
 
 @contextmanager

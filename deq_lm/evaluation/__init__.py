@@ -4,7 +4,7 @@ from deq_lm.evaluation.causality import CausalityAudit, audit_causality
 from deq_lm.evaluation.comparison import Compared, compare, is_best_by_evidence, model_name, paired_difference
 from deq_lm.evaluation.config import EvaluationConfig
 from deq_lm.evaluation.document_losses import DocumentLosses, PairedDifference, paired_difference_of_documents
-from deq_lm.evaluation.evaluate import evaluate
+from deq_lm.evaluation.evaluate import evaluate, score_split
 from deq_lm.evaluation.loading import load_model, model_folder
 from deq_lm.evaluation.perplexity import Perplexity, PerplexityResult, evaluate_perplexity
 from deq_lm.evaluation.records import read_record, write_record
@@ -37,6 +37,7 @@ __all__ = [
     "read_record",
     "render",
     "sample_text",
+    "score_split",
     "write_record",
     "write_text",
 ]

@@ -38,7 +38,7 @@ class CausalityAudit:
             predicted from the text before alone: negative where a perplexity is flattered by what it has seen. Rounding
             differs between lengths, so a causal model has nearly 0.
         bias_standard_error_nats: of that mean; None with a single cut.
-        num_cuts: pairs of a sequence and a cut that were tried; every second cut has memory before the sequence.
+        num_cuts: pairs of a sequence and a cut that were tried; every second batch of them has memory before the sequences.
     """
 
     max_change_nats: float | None
@@ -75,7 +75,7 @@ def audit_causality(
     num_sequences = max(1, min(MAX_SEQUENCES, MAX_LOGITS // (length * vocab_size)))
     changes, biases = [], []
     with measuring(model):
-        for i in range(config.causality_cuts):
+        for i in range(-(-config.causality_cuts // num_sequences)):
             text = _sequences(tokens, num_sequences, 2 * length, generator).to(device)
             memory = model(text[:, :length], return_logits=False).memory if i % 2 else None
             ids = text[:, length:]

@@ -16,7 +16,8 @@ class EvaluationConfig:
         mem_len: positions of memory a segment may attend to; None is what the model was trained with.
         max_segments: score only so many segments of every stream when validating during training; None scores all. The
             final evaluation always scores all.
-        causality_cuts: places at which the causality audit cuts the text; each is tried on several sequences.
+        causality_cuts: random sequences that the causality audit cuts, at least: it takes several at a time, all cut at one
+            random place.
         no_op_segments: segments of every stream on which the solve is compared with one evaluation of the cell; 0 skips
             the comparison.
         curve_evaluations: evaluations of the cell at which the loss is measured as well, on `max_segments` segments; [] is
@@ -32,7 +33,7 @@ class EvaluationConfig:
     segment_length: int
     mem_len: int | None = None
     max_segments: int | None = None
-    causality_cuts: int = 8
+    causality_cuts: int = 200
     no_op_segments: int = 4
     curve_evaluations: tuple[int, ...] = ()
     unroll_depths: tuple[int, ...] = (4, 8, 16, 32)

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 
 from deq_lm.data.documents import Documents
-from deq_lm.data.encoding import EncodedCorpus
+from deq_lm.data.encoding import EncodedCorpus, EncodedSplit
 from deq_lm.evaluation.causality import audit_causality
 from deq_lm.evaluation.compute_curve import compute_curve
 from deq_lm.evaluation.config import EvaluationConfig
@@ -34,35 +34,28 @@ def evaluate(
     config: EvaluationConfig,
     *,
     split: str = "test",
+    scored: PerplexityResult | None = None,
     seed: int = 0,
     location: str | None = None,
     recipe: Mapping[str, Any] | None = None,
-    accelerator: Accelerator | None = None,
-) -> EvaluationResult | None:
-    """Measure a model on a split, all of it, in the precision of its weights.
+) -> EvaluationResult:
+    """Measure a model on a split, all of it, in the precision of its weights and in one process.
 
     Args:
         model: not wrapped; left as it was found.
         corpus: encoded with the model's tokenizer.
         config: how to measure; `max_segments` has no part in it.
         split: what to score.
+        scored: what `score_split` has found for it, in several processes; None is to score it here.
         seed: of the causality audit and the sample.
         location: the checkpoint or run folder, for the record.
         recipe: the settings of the run, for the record.
-        accelerator: of a run in several processes, which all call this.
-
-    Returns:
-        The result, on the main process; None on the others, which help with the perplexity only.
 
     Raises:
-        ConfigError: batch_size cannot be divided among the processes.
         DataError: the split is too short for the causality audit.
     """
     measured = corpus.splits[split]
-    result = evaluate_perplexity(model, measured, replace(config, max_segments=None), accelerator)
-    if accelerator is not None and not accelerator.is_main_process:
-        return None
-
+    result = scored or score_split(model, measured, config)
     vocab_size = model.config.vocab_size
     train_tokens = corpus.splits["train"].tokens
     ngrams = {
@@ -96,6 +89,13 @@ def evaluate(
             caveats=corpus.caveats,
             documents=_documents(measured.documents, result, ngrams),
         )
+
+
+def score_split(
+    model: DEQLMForCausalLM, split: EncodedSplit, config: EvaluationConfig, accelerator: Accelerator | None = None
+) -> PerplexityResult:
+    """`evaluate_perplexity` of all of the split, whatever `config.max_segments` says."""
+    return evaluate_perplexity(model, split, replace(config, max_segments=None), accelerator)
 
 
 def _documents(

@@ -36,7 +36,11 @@ class CheckedMap:
     @property
     def spacing(self) -> float:
         """Relative spacing of the numbers that f computes with: those of its image, of the dtype it says it computes in, or
-        of autocast, its own or the caller's, whichever is coarsest. Known after the first evaluation."""
+        of autocast, its own or the caller's, whichever is coarsest; or of its image and what it says itself (`f.spacing`).
+        Known after the first evaluation."""
+        own = getattr(self._f, "spacing", None)
+        if own is not None:
+            return max(own, spacing(self._image_dtype))
         autocast = getattr(self._f, "autocast", self._autocast)
         dtypes = {self._image_dtype, getattr(self._f, "dtype", self._image_dtype)}
         return max(map(spacing, dtypes | ({autocast.dtype} if autocast.enabled else set())))

@@ -9,8 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 
 from deq_lm.errors import CheckpointError, DataError
 from deq_lm.evaluation import EvaluationResult, evaluate, read_record, write_record
@@ -57,7 +55,7 @@ def run_suite(suite: Suite, subjects: Sequence[Subject], output: Path) -> None:
 
     for subject in subjects:
         if suite.evaluation is not None:
-            write(f"evaluation_{subject.label}", evaluate_subject(subject, suite.evaluation.split))
+            write(f"evaluation_{subject.label}", evaluate_subject(subject, suite.evaluation.split, device))
         if subject.run.metrics.is_file():
             write(f"learning_{subject.label}", read_learning(suite.name, subject))
         if suite.convergence is not None and subject.recipe.model_config.depth == "equilibrium":
@@ -89,26 +87,21 @@ def train_run(subject: Subject) -> None:
         )
 
 
-def evaluate_subject(subject: Subject, split: str) -> EvaluationResult:
+def evaluate_subject(subject: Subject, split: str, device: torch.device) -> EvaluationResult:
     """All that `evaluate` measures, named as in the suite: what the run has measured at its end, if it is of that split."""
     recipe = to_mapping(replace(subject.recipe, name=subject.name))
     own = _evaluation_of_run(subject)
     if own is not None and (own.split, own.evaluation, own.seed) == (split, subject.recipe.evaluation, subject.seed):
         return replace(own, location=str(subject.run.path), recipe=recipe)
-    AcceleratorState._reset_state()
-    accelerator = Accelerator()
-    result = evaluate(
-        subject.trained(accelerator.device),
+    return evaluate(
+        subject.trained(device),
         subject.corpus(),
         subject.recipe.evaluation,
         split=split,
         seed=subject.seed,
         location=str(subject.run.path),
         recipe=recipe,
-        accelerator=accelerator,
     )
-    assert result is not None  # one process
-    return result
 
 
 def _evaluation_of_run(subject: Subject) -> EvaluationResult | None:

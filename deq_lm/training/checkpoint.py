@@ -66,6 +66,7 @@ class Progress:
         best_step: of the lowest loss on the validation split; None before the first.
         best_nats_per_token: that loss.
         mean_nats_per_token: running mean of the loss, against which a spike is seen; None before the first step.
+        owes_validation: whether a signal broke off the validation of this step, which is then the next thing to do.
     """
 
     step: int = 0
@@ -75,6 +76,7 @@ class Progress:
     mean_nats_per_token: float | None = None
     best_step: int | None = None
     best_nats_per_token: float | None = None
+    owes_validation: bool = False
 
     def is_best(self, nats_per_token: float | None) -> bool:
         """Whether the validation loss of this step is the lowest so far, and if so note it; None (not finite) never is."""
@@ -139,6 +141,28 @@ def save(
             "then continue with --resume."
         ) from error
     return path
+
+
+def warn_of_little_space(folder: Path, model: DEQLMForCausalLM, *, keep: int) -> None:
+    """Log a warning if the disk has no room for all checkpoints that will be in `folder` at once, and the final model.
+
+    Counted are the weights and Adam's two moments of them, which are nearly all of a checkpoint.
+    """
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    num_checkpoints = keep + 2  # the best besides, and the one being written
+    needed = num_checkpoints * 3 * weights + weights
+    there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    free = shutil.disk_usage(folder).free
+    if there + free < needed:
+        logger.warning(
+            "%s: its disk has %.3g GB free, and up to %d checkpoints of %.3g GB each and the final model will take %.3g GB "
+            "more. Free some space, or lower training.keep_checkpoints.",
+            folder,
+            free / 1e9,
+            num_checkpoints,
+            3 * weights / 1e9,
+            (needed - there) / 1e9,
+        )
 
 
 def newest_complete(folder: Path) -> Path | None:

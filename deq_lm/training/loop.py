@@ -18,20 +18,22 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 from transformers.utils.logging import disable_progress_bar
 
+from deq_lm.adjoints import Implicit
+from deq_lm.adjoints.implicit import SPACING
 from deq_lm.data.encoding import EncodedCorpus, prepare
 from deq_lm.data.streams import ContiguousStreams
 from deq_lm.data.tokenizers import vocabulary_hash
-from deq_lm.errors import CheckpointError, ConfigError
-from deq_lm.evaluation import PerplexityResult, evaluate, evaluate_perplexity, render, write_record
+from deq_lm.errors import CheckpointError, ConfigError, Interrupted
+from deq_lm.evaluation import PerplexityResult, evaluate, evaluate_perplexity, render, score_split, write_record
 from deq_lm.evaluation.contraction import largest_spectral_radius
 from deq_lm.evaluation.model_card import write_model_card
 from deq_lm.evaluation.modes import remembering
 from deq_lm.evaluation.sample import sample_text
 from deq_lm.modeling import DEQLMForCausalLM, build_config
-from deq_lm.modeling.builders import build_stopping
+from deq_lm.modeling.builders import build_adjoint, build_stopping
 from deq_lm.structure import to_mapping
 from deq_lm.training import checkpoint, sharding
-from deq_lm.training.checkpoint import TrainingState
+from deq_lm.training.checkpoint import Progress, TrainingState
 from deq_lm.training.durable import begin_folder, publish_folder
 from deq_lm.training.export import save_model
 from deq_lm.training.faults import describe_account, describe_faults, give_up
@@ -48,7 +50,7 @@ from deq_lm.training.tracking import Interval, Tracker, memory_use, summarize
 logger = logging.getLogger(__name__)
 
 BFLOAT16_FLOOR = 2.0**-8
-"""The relative residual at which bfloat16's rounding, of 8 bits, ends a solve: measured, 2e-3 to 4e-3."""
+"""The relative residual at which bfloat16's rounding, of 8 bits, ends a forward solve: measured, 2e-3 to 4e-3."""
 
 
 def train(recipe: Recipe, *, resume: bool = False) -> int | None:
@@ -60,7 +62,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> int | None:
 
     Returns:
         None at the end of the run; the number of the signal (SIGINT, SIGTERM) that made it stop early, after a
-        checkpoint of the step at hand.
+        checkpoint of the step at hand. A validation or the report at the end breaks off, and is made on resuming.
 
     Raises:
         ConfigError, DataError, CheckpointError: before anything is written.
@@ -137,7 +139,8 @@ def _train(recipe: Recipe, resume: bool, held: ExitStack) -> int | None:
         )
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        run.open(recipe, step=progress.step)
+        run.open(recipe, step=progress.step, owed=("valid", "sample") if progress.owes_validation else ())
+        checkpoint.warn_of_little_space(run.checkpoints, model, keep=settings.keep_checkpoints)
 
     tracker = Tracker(
         run,
@@ -148,7 +151,10 @@ def _train(recipe: Recipe, resume: bool, held: ExitStack) -> int | None:
     )
     with tracker, StopSignal() as stop:
         tracker.say(describe(recipe, corpus, model, accelerator, newest))
-        while progress.step < settings.max_steps:
+        if progress.owes_validation:  # its checkpoint is there
+            validate(accelerator, model, corpus, recipe, tracker, progress, stop)
+        interrupted = progress.owes_validation
+        while progress.step < settings.max_steps and not interrupted:
             lr = schedule.get_last_lr()[0]
             result = train_step(accelerator, wrapped, state, recipe, stop_requested=stop.number is not None)
             tracker.advance()
@@ -166,20 +172,22 @@ def _train(recipe: Recipe, resume: bool, held: ExitStack) -> int | None:
                 for line in describe_faults(progress.step, settings.faults, interval.account, interval.num_steps):
                     tracker.say(line)
                 state.interval = Interval()
-            is_best = False
-            if is_due(progress.step, settings.evaluate_every):
-                is_best = progress.is_best(validate(accelerator, model, corpus, recipe, tracker, progress.step))
+            is_best = is_due(progress.step, settings.evaluate_every) and validate(
+                accelerator, model, corpus, recipe, tracker, progress, stop
+            )
+            interrupted = result.interrupted or progress.owes_validation
             last = progress.step == settings.max_steps
-            if last or is_best or result.interrupted or is_due(progress.step, settings.checkpoint_every):
+            if last or is_best or interrupted or is_due(progress.step, settings.checkpoint_every):
                 checkpoint.save(
                     run.checkpoints, state, identity, corpus.tokenizer, accelerator, keep=settings.keep_checkpoints
                 )
-            if result.interrupted and not last:
-                tracker.say(f"stopped at step {progress.step}, checkpoint saved; continue with --resume")
-                return stop.number or signal.SIGTERM
-        tracker.record(progress.step, "faults", to_mapping(progress.account))
-        tracker.say(describe_account(progress.account, progress.step))
-        final_report(accelerator, model, corpus, recipe, run, tracker)
+        if not interrupted:
+            tracker.record(progress.step, "faults", to_mapping(progress.account))
+            tracker.say(describe_account(progress.account, progress.step))
+            interrupted = final_report(accelerator, model, corpus, recipe, run, tracker, stop)
+        if interrupted:
+            tracker.say(f"stopped at step {progress.step}, checkpoint saved; continue with --resume")
+            return stop.number or signal.SIGTERM
     return None
 
 
@@ -201,16 +209,23 @@ def lock(run: RunFolder, accelerator: Accelerator, held: ExitStack) -> None:
 
 
 def warn_of_precision_floor(recipe: Recipe) -> None:
-    """Log a warning for a stopping rule of training that no solve in bfloat16 can meet."""
+    """Log a warning for each stopping rule of training that no solve in bfloat16 can meet."""
     config = recipe.model_config
-    rtol = build_stopping(config.stopping, "model.stopping").rtol
-    if config.depth == "equilibrium" and rtol < BFLOAT16_FLOOR:
-        logger.warning(
-            "model.stopping.rtol=%g with mixed precision bf16: an evaluation in bfloat16 is exact to about %g, so that "
-            "solves will stall or run out of steps. Give a rtol above it, or train in float32.",
-            rtol,
-            BFLOAT16_FLOOR,
-        )
+    if config.depth != "equilibrium":
+        return
+    rules = [("model.stopping", build_stopping(config.stopping, "model.stopping"), BFLOAT16_FLOOR)]
+    adjoint = build_adjoint(config.adjoint, "model.adjoint")
+    if isinstance(adjoint, Implicit):
+        rules.append(("model.adjoint.stopping", adjoint.stopping, SPACING * BFLOAT16_FLOOR))
+    for name, rule, floor in rules:
+        if rule.rtol < floor:
+            logger.warning(
+                "%s.rtol=%g with mixed precision bf16: what is computed in bfloat16 is exact to about %.2g there, so that "
+                "solves will stall or run out of steps. Give a rtol above it, or train in float32.",
+                name,
+                rule.rtol,
+                floor,
+            )
 
 
 def validate(
@@ -219,12 +234,19 @@ def validate(
     corpus: EncodedCorpus,
     recipe: Recipe,
     tracker: Tracker,
-    step: int,
-) -> float | None:
-    """Measure and log the validation split, and show what the model writes; its nats per token."""
-    whole, config = sharding.whole_model(model), recipe.evaluation
+    progress: Progress,
+    stop: StopSignal,
+) -> bool:
+    """Measure and log the validation split, show what the model writes, and note it; whether it is the best so far."""
+    whole, config, step = sharding.whole_model(model), recipe.evaluation, progress.step
     valid = corpus.splits["valid"]
-    result = evaluate_perplexity(whole, valid, config, accelerator)
+    try:
+        with stop.breaks_off(whole, accelerator):
+            result = evaluate_perplexity(whole, valid, config, accelerator)
+    except Interrupted:
+        progress.owes_validation = True
+        return False
+    progress.owes_validation = False
     if accelerator.is_main_process:
         metrics = result.metrics()
         if whole.config.depth == "equilibrium":
@@ -234,7 +256,7 @@ def validate(
         if config.validation_sample_tokens:
             short = replace(config, sample_tokens=config.validation_sample_tokens)
             tracker.show_text(step, "sample", sample_text(whole, corpus.tokenizer, short, seed=recipe.seed).text)
-    return result.perplexity.nats_per_token
+    return progress.is_best(result.perplexity.nats_per_token)
 
 
 def final_report(
@@ -244,19 +266,32 @@ def final_report(
     recipe: Recipe,
     run: RunFolder,
     tracker: Tracker,
-) -> None:
-    """Measure the test split, print the report, and write the model with its numbers to the run's `final` folder."""
-    model = sharding.whole_model(model)
-    result = evaluate(
-        model,
-        corpus,
-        recipe.evaluation,
-        seed=recipe.seed,
-        location=str(run.path),
-        recipe=to_mapping(recipe),
-        accelerator=accelerator,
-    )
-    if result is not None:  # on the main process
+    stop: StopSignal,
+) -> bool:
+    """Measure the test split, print the report, and write the model with its numbers to the run's `final` folder.
+
+    Returns:
+        Whether a signal broke it off, before anything was written.
+    """
+    model, config = sharding.whole_model(model), recipe.evaluation
+    result, interrupted = None, False
+    try:
+        with stop.breaks_off(model, accelerator):
+            scored = score_split(model, corpus.splits["test"], config, accelerator)
+        if accelerator.is_main_process:
+            with stop.breaks_off(model):
+                result = evaluate(
+                    model,
+                    corpus,
+                    config,
+                    scored=scored,
+                    seed=recipe.seed,
+                    location=str(run.path),
+                    recipe=to_mapping(recipe),
+                )
+    except Interrupted:
+        interrupted = True
+    if result is not None:
         metrics = PerplexityResult(result.perplexity, result.solves).metrics()
         tracker.log(recipe.training.max_steps, "test", metrics)
         aside = begin_folder(run.final)
@@ -265,7 +300,7 @@ def final_report(
         write_model_card(aside, result)
         publish_folder(aside, run.final)
         tracker.say(f"\n{render(result)}\n\nrun folder: {run.path}")
-    accelerator.wait_for_everyone()
+    return any(gather_object([interrupted]))  # all wait here for the main process
 
 
 def is_due(step: int, every: int | None) -> bool:

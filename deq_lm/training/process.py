@@ -5,12 +5,17 @@ from __future__ import annotations
 import logging
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import nn
 
-from deq_lm.errors import ConfigError
+from deq_lm.errors import ConfigError, Interrupted
 from deq_lm.modeling.builders import build_solver
 from deq_lm.training.recipe import Recipe
 
@@ -64,6 +69,8 @@ def describe_out_of_memory(recipe: Recipe) -> str:
 class StopSignal:
     """Turns the first SIGINT or SIGTERM into a note for the training loop; a second one acts at once, as usual.
 
+    The loop looks at it once a step, and what is measured in between breaks off (`breaks_off`).
+
     Attributes:
         number: of the signal that came, or None.
     """
@@ -79,6 +86,27 @@ class StopSignal:
 
     def __exit__(self, *_: object) -> None:
         self._restore()
+
+    @contextmanager
+    def breaks_off(self, model: nn.Module, accelerator: Accelerator | None = None) -> Iterator[None]:
+        """Inside, once the signal has come, the next forward pass of `model` raises `Interrupted` instead.
+
+        Args:
+            model: not wrapped.
+            accelerator: of several processes, all of which make the same number of passes: a signal to one of them
+                breaks off the same pass of each.
+        """
+
+        def look(*_: object) -> None:
+            has_come = self.number is not None
+            if has_come if accelerator is None else any(gather_object([has_come])):
+                raise Interrupted
+
+        hook = model.register_forward_pre_hook(look)
+        try:
+            yield
+        finally:
+            hook.remove()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.number = number

@@ -18,7 +18,7 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,8 +124,13 @@ class RunFolder:
                 "training.output_dir to the folder of the run, or to a new one without --resume."
             )
 
-    def open(self, recipe: Recipe, *, step: int) -> None:
-        """Write what describes the run, and drop metrics of steps after `step`, which will be taken again.
+    def open(self, recipe: Recipe, *, step: int, owed: Collection[str] = ()) -> None:
+        """Write what describes the run, and drop metrics that are going to be measured again.
+
+        Args:
+            recipe: of the run.
+            step: those of later steps go.
+            owed: kinds of metrics that go for this step, too.
 
         Raises:
             CheckpointError: the folder cannot be written.
@@ -137,8 +142,10 @@ class RunFolder:
             write_text(self.recipe, recipe_text(recipe))
             starts = json.loads(self.versions.read_text("utf-8")) if self.versions.exists() else []
             write_text(self.versions, json.dumps([*starts, {"step": step, **environment()}], indent=1))
-            kept = [line for line in self._metrics_lines() if json.loads(line)["step"] <= step]
-            write_text(self.metrics, "".join(line + "\n" for line in kept))
+            records = ((json.loads(line), line + "\n") for line in self._metrics_lines())
+            ends = dict.fromkeys(owed, step - 1)
+            kept = [line for record, line in records if record["step"] <= ends.get(record["kind"], step)]
+            write_text(self.metrics, "".join(kept))
         except OSError as error:
             raise self._unwritable(error) from error
 

@@ -37,7 +37,7 @@ from measure import count, threads, tolerance
 from torch import Tensor
 
 from deq_lm import DEQLMConfig, DEQLMForCausalLM
-from deq_lm.errors import ConfigError, in_one_line
+from deq_lm.errors import DataError, in_one_line
 from deq_lm.evaluation.records import check_output
 from deq_lm.evaluation.tables import markdown_table, write_json
 from deq_lm.suites.cost import count_flops
@@ -87,7 +87,7 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         check_output(arguments.output)
-    except (ConfigError, OSError) as error:
+    except (DataError, OSError) as error:
         print(f"{parser.prog}: {in_one_line(str(error))}", file=sys.stderr)
         return 2
     run_all(arguments)

@@ -32,7 +32,7 @@ from torch import Tensor
 from deq_lm.cells import MonotoneCell, MonotoneConfig
 from deq_lm.cells.causal_operator import CausalOperator, CausalResolvent
 from deq_lm.cells.proximal_map import ProximalMap
-from deq_lm.errors import ConfigError, in_one_line
+from deq_lm.errors import DataError, in_one_line
 from deq_lm.evaluation.records import check_output
 from deq_lm.evaluation.tables import markdown_table, write_json
 from deq_lm.solvers import PeacemanRachford, StoppingRule, solve
@@ -174,7 +174,7 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         check_output(arguments.output)
-    except (ConfigError, OSError) as error:
+    except (DataError, OSError) as error:
         print(f"{parser.prog}: {in_one_line(str(error))}", file=sys.stderr)
         return 2
     run_all(arguments)

@@ -20,7 +20,8 @@ EPILOG = """examples:
 Every solver, with prefix sums and with sums over whole sequences, under every way to differentiate it, at 4, 5, 6 and 8
 steps and with two seeds: hours on one core. Tokens are uniform, so that the loss of an honest model is ln V or more. A
 solver whose steps mix later tokens into earlier ones is found where training goes through them; not to be found proves
-nothing (the causality audit of eval/evaluate.py looks at the model itself). The file is written anew after each run.
+nothing (the causality audit of eval/evaluate.py looks at the model itself). The file is written anew after each run; one
+that is there already, of as many training steps, is gone on with: its runs are kept, and those that it lacks are made.
 
 exit codes: 0 none is below chance by more than three standard errors; 1 one is; 2 a mistake in the call.
 """
@@ -70,6 +71,9 @@ class Outcome(Score):
     adjoint: str
     solver_steps: int
     seed: int
+
+    def __str__(self) -> str:
+        return f"{self.solver} {self.scope}, {self.adjoint}, {self.solver_steps} steps, seed {self.seed}"
 
 
 def combinations() -> Iterator[Combination]:
@@ -161,7 +165,7 @@ def main() -> int:
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="default: 0 1")
     parser.add_argument("--steps", type=int, default=NUM_STEPS, help=f"of training; default: {NUM_STEPS:,}")
-    parser.add_argument("--output", type=Path, help="JSON file to write; default: none")
+    parser.add_argument("--output", type=Path, help="JSON file to write, or to go on with; default: none")
     arguments = parser.parse_args()
     if min(arguments.solver_steps) < 1 or arguments.steps < 1:
         parser.error("--solver-steps and --steps: expected numbers of 1 or more")
@@ -169,7 +173,7 @@ def main() -> int:
     import torch
 
     from deq_lm.errors import DataError, in_one_line
-    from deq_lm.evaluation.records import Record, check_output, provenance, write_record
+    from deq_lm.evaluation.records import Record, check_output, provenance, read_record, write_record
 
     @dataclass(frozen=True, kw_only=True)
     class CanaryResult(Record):
@@ -182,20 +186,32 @@ def main() -> int:
     chosen = [combination for combination in combinations() if arguments.only in str(combination)]
     if not chosen:
         parser.error(f"--only {arguments.only}: is in none of {'; '.join(map(str, combinations()))}")
+    runs: list[Outcome] = []
     if arguments.output is not None:
         try:
             check_output(arguments.output)
+            if arguments.output.exists():
+                kept = read_record(arguments.output, CanaryResult)
+                if kept.training_steps != arguments.steps:
+                    raise DataError(
+                        f"{arguments.output}: holds runs of {kept.training_steps} training steps, and these are of "
+                        f"{arguments.steps}. Give another --output, or --steps {kept.training_steps}."
+                    )
+                runs = kept.runs
+                print(f"{arguments.output}: its {len(runs)} runs are kept", flush=True)
         except (DataError, OSError) as error:
             parser.error(in_one_line(str(error)))
     torch.set_num_threads(1)
-    runs: list[Outcome] = []
-    below: list[str] = []
+    done = set(map(str, runs))
     for seed, solver_steps, combination in (
         (seed, solver_steps, combination)
         for seed in arguments.seeds
         for solver_steps in arguments.solver_steps
         for combination in chosen
     ):
+        name = f"{combination}, {solver_steps} steps, seed {seed}"
+        if name in done:
+            continue
         model = make_model(combination, solver_steps=solver_steps, seed=seed)
         score = train_and_score(model, num_steps=arguments.steps, seed=seed)
         runs.append(
@@ -209,16 +225,18 @@ def main() -> int:
                 seed=seed,
             )
         )
-        name = f"{combination}, {solver_steps} steps, seed {seed}"
-        below += [] if score.is_honest else [name]
         verdict = "honest" if score.is_honest else "BELOW CHANCE"
         print(f"{name}: {score.nats:.4f} +- {score.standard_error:.4f} (chance {FLOOR:.4f}) {verdict}", flush=True)
         if arguments.output is not None:
             result = CanaryResult(
-                **provenance(), floor_nats=FLOOR, training_steps=arguments.steps, runs=runs, below_chance=below
+                **provenance(),
+                floor_nats=FLOOR,
+                training_steps=arguments.steps,
+                runs=runs,
+                below_chance=[str(run) for run in runs if not run.is_honest],
             )
             write_record(arguments.output, result)
-    return 1 if below else 0
+    return 0 if all(run.is_honest for run in runs) else 1
 
 
 if __name__ == "__main__":

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from deq_lm.errors import DataError
-from deq_lm.evaluation import EvaluationConfig, audit_causality
+from deq_lm.evaluation import EvaluationConfig, audit_causality, causality
 from deq_lm.evaluation.causality import MAX_SEQUENCES
 
-CONFIG = EvaluationConfig(batch_size=2, segment_length=12, causality_cuts=6)
+CONFIG = EvaluationConfig(batch_size=2, segment_length=12, causality_cuts=5 * MAX_SEQUENCES + 1)
 
 
 def leaking(model, size: float):
@@ -33,6 +33,14 @@ def test_an_honest_model_changes_by_exactly_nothing(table_model, make_split):
     assert audit.mean_bias_nats == 0.0
     assert audit.num_cuts == 6 * MAX_SEQUENCES
     assert audit.is_causal
+
+
+@pytest.mark.parametrize(("at_a_time", "num_cuts"), [(100, 48), (3, 42), (1, 41)])
+def test_no_fewer_cuts_are_made_where_a_large_vocabulary_lets_few_sequences_be_tried_at_a_time(
+    table_model, make_split, monkeypatch, at_a_time, num_cuts
+):
+    monkeypatch.setattr(causality, "MAX_LOGITS", at_a_time * CONFIG.segment_length * 23)
+    assert audit_causality(table_model(), make_split(100).tokens, CONFIG).num_cuts == num_cuts
 
 
 @pytest.mark.parametrize(("size", "is_causal"), [(1e-4, True), (1e-2, False), (3.0, False)])

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -106,6 +109,79 @@ def test_a_planted_leak_is_found_within_300_steps(canary, monkeypatch):
     score = canary.train_and_score(model, num_steps=150, seed=0)
     assert not score.is_honest
     assert score.nats < canary.FLOOR - 0.02
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.fixture
+def run(canary, monkeypatch):
+    """main() with a training that takes no time, and ends with `Stopped` in the `stop_after`th; how often it trained."""
+
+    def call(*arguments: object, nats: float = 2.1, stop_after: int = 100) -> tuple[int | None, int]:
+        trained = []
+
+        def train_and_score(*_: object, **__: object):
+            if len(trained) == stop_after:
+                raise Stopped
+            trained.append(1)
+            return canary.Score(nats=nats, standard_error=1e-3)
+
+        monkeypatch.setattr(canary, "train_and_score", train_and_score)
+        monkeypatch.setattr("sys.argv", ["canary", "--only", "picard", "--seeds", "0", *map(str, arguments)])
+        code = None
+        with contextlib.suppress(Stopped):
+            code = canary.main()
+        return code, len(trained)
+
+    return call
+
+
+def names(path: Path) -> list[tuple[object, ...]]:
+    keys = ("solver", "scope", "adjoint", "solver_steps", "seed")
+    return [tuple(run[key] for key in keys) for run in json.loads(path.read_text("utf-8"))["runs"]]
+
+
+def test_what_was_interrupted_goes_on_and_more_runs_are_added_to_those_that_are_there(run, tmp_path, capsys):
+    whole, output = tmp_path / "whole.json", tmp_path / "canary.json"
+    _, num_runs = run("--solver-steps", 2, 3, "--output", whole)
+    assert run("--solver-steps", 2, 3, "--output", output, stop_after=3) == (None, 3)
+    assert len(names(output)) == 3
+    assert run("--solver-steps", 2, 3, "--output", output) == (0, num_runs - 3)
+    assert "its 3 runs are kept" in capsys.readouterr().out
+    assert names(output) == names(whole)
+    assert run("--solver-steps", 5, "--output", output, nats=1.0) == (1, num_runs // 2)
+    assert run("--solver-steps", 5, "--output", output) == (1, 0)  # of runs that are kept, too
+    assert len(names(output)) == len(set(names(output))) == num_runs * 3 // 2
+    below = json.loads(output.read_text("utf-8"))["below_chance"]
+    assert len(below) == num_runs // 2
+    assert all("5 steps" in name for name in below)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "holds runs of 1500 training steps, and these are of 7. Give another --output, or --steps 1500"),
+        ('{"schema_version": 3, "kind": "kills"}', "a measurement of kind 'kills'; expected canary"),
+        ("{}", "is no measurement"),
+        ("{", "cannot be read as JSON"),
+    ],
+)
+def test_a_file_of_other_settings_or_of_another_kind_is_refused_in_one_line(run, tmp_path, capsys, content, words):
+    output = tmp_path / "canary.json"
+    if content is None:
+        run("--solver-steps", 2, "--output", output)
+    else:
+        output.write_text(content)
+    before = output.read_bytes()
+    with pytest.raises(SystemExit) as caught:
+        run("--solver-steps", 2, "--steps", 7, "--output", output)
+    assert caught.value.code == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith("canary: error: ")
+    assert words in message
+    assert output.read_bytes() == before
 
 
 @pytest.mark.slow

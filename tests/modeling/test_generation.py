@@ -31,9 +31,9 @@ def stack() -> DEQLMForCausalLM:
     return DEQLMForCausalLM(config).double().eval()
 
 
-def monotone() -> DEQLMForCausalLM:
+def monotone(*, mem_len: int = MEM_LEN) -> DEQLMForCausalLM:
     torch.manual_seed(0)
-    cell = {"name": "monotone", "d_model": 16, "num_heads": 2, "num_taps": 3, "mem_len": MEM_LEN, "init_std": 0.3}
+    cell = {"name": "monotone", "d_model": 16, "num_heads": 2, "num_taps": 3, "mem_len": mem_len, "init_std": 0.3}
     rule = {"max_steps": 200, "rtol": 1e-12, "patience": 30}
     return DEQLMForCausalLM(DEQLMConfig(vocab_size=VOCABULARY, cell=cell, stopping=rule)).double().eval()
 
@@ -87,6 +87,27 @@ def test_with_and_without_cache_the_tokens_are_the_same_and_the_logits_within_th
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)  # the library makes them float32
     assert isinstance(cached.past_key_values, EquilibriumCache)
     assert anew.past_key_values is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("name", ["equilibrium", "monotone"])
+def test_256_tokens_after_20_prompts_are_those_of_one_pass_over_the_whole_text(name: str, do_sample: bool):
+    reach = 5 + 256
+    model = monotone(mem_len=reach) if name == "monotone" else make(cell={"mem_len": reach})
+    prompts = torch.randint(1, VOCABULARY, (20, 5), generator=torch.Generator().manual_seed(3))
+    torch.manual_seed(1)
+    options = {**PLAIN, "max_new_tokens": 256, "return_dict_in_generate": True, "output_logits": True}
+    written = model.generate(prompts, do_sample=do_sample, **options)
+    assert len(written.sequences[:, -50:].unique()) > (20 if do_sample else 3)
+    with torch.no_grad():
+        output = model(written.sequences[:, :-1])
+    assert output.solution.converged.all()
+    logits = output.logits[:, 4:]
+    assert logits.shape == (20, 256, VOCABULARY)
+    if not do_sample:
+        assert torch.equal(logits.argmax(dim=-1), written.sequences[:, 5:])
+    torch.testing.assert_close(torch.stack(written.logits, dim=1), logits.float(), rtol=0, atol=1e-6)
 
 
 @pytest.fixture(scope="module")

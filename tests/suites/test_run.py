@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from tiny_run import metrics
 
@@ -18,6 +19,7 @@ from deq_lm.suites.learning import read_learning
 from deq_lm.suites.run import evaluate_subject
 
 SCRIPT = Path(__file__).resolve().parents[2] / "eval" / "run.py"
+CPU = torch.device("cpu")
 
 
 def call(monkeypatch, *arguments: str | Path) -> int:
@@ -74,12 +76,12 @@ def test_what_a_run_has_measured_at_its_end_is_not_measured_again(monkeypatch, s
     subject = subjects[1]
     own = read_record(subject.run.final / "evaluation.json", EvaluationResult)
     monkeypatch.setattr("deq_lm.suites.run.evaluate", refuse)
-    taken = evaluate_subject(replace(subject, name="renamed"), "test")
+    taken = evaluate_subject(replace(subject, name="renamed"), "test", CPU)
     assert taken == replace(own, location=str(subject.run.path), recipe={**own.recipe, "name": "renamed"})
     other = replace(subject.recipe, evaluation=replace(subject.recipe.evaluation, mem_len=0))
     for changed, split in ((subject, "valid"), (replace(subject, recipe=other), "test")):
         with pytest.raises(AssertionError, match="measured"):
-            evaluate_subject(changed, split)
+            evaluate_subject(changed, split, CPU)
 
 
 def test_learning_is_what_the_run_has_logged(subjects):

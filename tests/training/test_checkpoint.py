@@ -6,6 +6,7 @@ import random
 import resource
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from accelerate import Accelerator
 from tiny_run import make_recipe, make_state
 
 from deq_lm.errors import CheckpointError
-from deq_lm.training import checkpoint, durable
+from deq_lm.training import checkpoint, durable, loop
 from deq_lm.training.checkpoint import damage, newest_complete, restore, save
 from deq_lm.training.step import train_step
 
@@ -162,6 +163,40 @@ def test_a_kill_before_any_change_on_the_disk_leaves_whole_checkpoints_only(chec
     assert newest == sorted(newest)
     assert set(newest) == {"step_00000002", "step_00000003"}
     assert len(newest) > 40
+
+
+@pytest.fixture
+def disk(monkeypatch, caplog):
+    """What is warned of with so many bytes free."""
+
+    def warned(free: float, what, *args, **kwargs) -> str:
+        caplog.clear()
+        monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: SimpleNamespace(free=int(free)))
+        what(*args, **kwargs)
+        return caplog.text
+
+    return warned
+
+
+def test_a_disk_that_cannot_hold_the_checkpoints_to_come_is_warned_of_with_both_sizes(tmp_path, disk):
+    run = Run(tmp_path, "model.cell.d_model=128", "model.cell.d_inner=512")
+    run.folder.mkdir()
+    ask = (checkpoint.warn_of_little_space, run.folder, run.state.model)
+    empty = [disk(free, *ask, keep=3) for free in (4e6, 40e6)]
+    run.step()
+    size = sum(path.stat().st_size for path in run.save(keep=3).iterdir())
+    # the 3 newest, the best, the one being written, and the weights alone, a third of one
+    assert [disk(times * size, *ask, keep=3) != "" for times in (3.9, 4.7)] == [True, False]
+    assert "0.004 GB free, and up to 5 checkpoints of 0.0036" in empty[0]
+    assert empty[1] == ""
+
+
+def test_a_run_says_so_before_its_first_step(tmp_path, disk):
+    recipe = make_recipe(tmp_path, "training.max_steps=1")
+    said = disk(1000, loop.train, recipe)
+    assert "1e-06 GB free, and up to 4 checkpoints" in said
+    assert "lower training.keep_checkpoints" in said
+    assert disk(1e9, loop.train, recipe, resume=True) == ""
 
 
 def test_a_full_disk_is_an_error_of_one_line_and_leaves_nothing_aside(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -218,13 +219,14 @@ def test_a_run_folder_holds_the_run(tmp_path):
 
 def test_the_step_of_the_lowest_validation_loss_leaves_a_checkpoint(tmp_path, monkeypatch):
     recipe = make_recipe(tmp_path, "training.evaluate_every=3", "training.checkpoint_every=100", "training.max_steps=8")
-    validate, losses = loop.validate, iter([2.0, 3.0])
+    measure, losses = loop.evaluate_perplexity, iter([2.0, 3.0])
 
     def lowest_at_three(*args):
-        validate(*args)
-        return next(losses)
+        result = measure(*args)
+        nll_nats = result.perplexity.num_tokens * next(losses)
+        return replace(result, perplexity=replace(result.perplexity, nll_nats=nll_nats))
 
-    monkeypatch.setattr(loop, "validate", lowest_at_three)
+    monkeypatch.setattr(loop, "evaluate_perplexity", lowest_at_three)
     train(recipe)
     checkpoints = Path(recipe.training.output_dir) / "checkpoints"
     assert sorted(path.name for path in checkpoints.iterdir()) == ["step_00000003", "step_00000008"]
@@ -275,17 +277,34 @@ def test_mixed_precision_of_the_launcher_is_looked_at(tmp_path, monkeypatch):
         AcceleratorState._reset_state(reset_partial_state=True)
 
 
-@pytest.mark.parametrize(("rtol", "warns"), [("1.0e-3", True), ("1.0e-2", False)])
-def test_a_tolerance_below_the_floor_of_bfloat16_is_warned_of(tmp_path, caplog, rtol, warns):
+@pytest.mark.parametrize(
+    ("rtol", "adjoint_rtol", "warned"),
+    [
+        ("1.0e-3", "1.0e-3", ["model.stopping"]),
+        ("1.0e-2", "1.0e-3", []),
+        ("1.0e-2", "1.0e-4", ["model.adjoint.stopping"]),
+    ],
+)
+def test_a_tolerance_below_the_floor_of_bfloat16_is_warned_of_and_what_stalls_there_is_counted(
+    tmp_path, caplog, rtol, adjoint_rtol, warned
+):
     AcceleratorState._reset_state(reset_partial_state=True)
     recipe = make_recipe(
-        tmp_path, "training.mixed_precision=bf16", "training.max_steps=1", f"model.stopping.rtol={rtol}"
+        tmp_path,
+        "training.mixed_precision=bf16",
+        "training.max_steps=3",
+        "training.phases=[]",
+        f"model.stopping={{max_steps: 60, rtol: {rtol}}}",
+        f"model.adjoint={{name: implicit, stopping: {{max_steps: 60, rtol: {adjoint_rtol}}}}}",
     )
     try:
         train(recipe)
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
-    assert ("solves will stall" in caplog.text) == warns
+    assert re.findall(r"(model\S*)\.rtol=.* solves will stall", caplog.text) == warned
+    for line in metrics(recipe, "train"):
+        assert (line["solver_share_stalled"] > 0.25) == ("model.stopping" in warned)
+        assert (line["adjoint_share_stalled"] > 0.25) == ("model.adjoint.stopping" in warned)
 
 
 def test_bfloat16_autocast_trains_float32_weights(tmp_path):

@@ -1,6 +1,7 @@
 """Several processes train as one does: each owns whole streams, and all decide alike."""
 
 import json
+import signal
 import time
 from pathlib import Path
 
@@ -10,9 +11,10 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from processes import launch
 from safetensors.torch import load_file
-from tiny_run import leave_weights_alone, make_recipe, make_state, metrics
+from tiny_run import UNEQUAL, leave_weights_alone, make_recipe, make_state, metrics, signal_at_call
 from torch.multiprocessing import ProcessRaisedException
 
+from deq_lm.evaluation import causality, token_loss
 from deq_lm.training import checkpoint, step
 from deq_lm.training.loop import train
 from deq_lm.training.step import train_step
@@ -82,6 +84,43 @@ def test_a_run_in_two_processes_logs_what_one_logs_and_resumes_bit_for_bit(tmp_p
     for name in ("model.safetensors", "rank_00000.safetensors", "rank_00001.safetensors", "optimizer.pt"):
         first, second = (tmp_path / folder / "checkpoints" / "step_00000004" / name for folder in ("two", "again"))
         assert first.read_bytes() == second.read_bytes()
+
+
+BROKEN_OFF = (  # process, what it is doing when it is to stop, for which time; and which measurements are done by then
+    (1, token_loss, "without_padding", 3, []),
+    (0, token_loss, "without_padding", 10, ["valid"]),
+    (0, causality, "_log_probabilities", 2, ["valid"]),
+)
+
+
+def broken_off(folder: Path, overrides: tuple[str, ...]) -> None:
+    """Run on, and be stopped as often as `BROKEN_OFF` says."""
+    recipe = make_recipe(folder, *overrides)
+    for i, (rank, module, name, number, done) in enumerate(BROKEN_OFF):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        torch.set_num_threads(1)
+        with pytest.MonkeyPatch.context() as patch:
+            if Accelerator().process_index == rank:
+                signal_at_call(patch, module, name, number)
+            assert train(recipe, resume=i > 0) == signal.SIGTERM
+        torch.distributed.barrier()  # the first process still has the folder locked
+        assert [kind for kind in ("valid", "test") if metrics(recipe, kind)] == done
+
+
+def test_all_processes_break_off_a_measurement_if_one_must(tmp_path):
+    make_recipe(tmp_path)
+    short = (*SETTINGS, "training.max_steps=2", "training.evaluate_every=2")
+    overrides = {name: (f"training.output_dir={tmp_path / name}", *short) for name in ("whole", "again")}
+    launch(run, tmp_path, overrides["whole"], False)
+    launch(broken_off, tmp_path, overrides["again"])
+    launch(run, tmp_path, overrides["again"], True)
+    whole, again = (make_recipe(tmp_path, *overrides[name]) for name in ("whole", "again"))
+    for kind in ("train", "valid", "test"):
+        lines, others = (
+            [{k: v for k, v in line.items() if k not in UNEQUAL} for line in metrics(r, kind)] for r in (whole, again)
+        )
+        assert len(lines) > 0
+        assert lines == others
 
 
 def test_each_process_draws_its_own_budgets_and_draws_on_when_resumed(tmp_path):

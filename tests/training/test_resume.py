@@ -6,14 +6,13 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from tiny_run import make_recipe, metrics
+from tiny_run import UNEQUAL, make_recipe, metrics, signal_at_call
 
 from deq_lm.errors import CheckpointError, ConfigError
+from deq_lm.evaluation import causality, token_loss
 from deq_lm.training import loop
 from deq_lm.training.checkpoint import damage
 from deq_lm.training.loop import train
-
-UNEQUAL = ("tokens_per_second", "process_peak_bytes")
 
 
 def assert_same_run(recipe, other) -> None:
@@ -67,37 +66,65 @@ def test_a_signal_stops_after_a_checkpoint_and_the_rest_follows_on_resume(
         patch.setattr(loop, "train_step", step_then_signal)
         assert train(recipe) == number
     folders = sorted((Path(recipe.training.output_dir) / "checkpoints").iterdir())
-    assert [folder.name for folder in folders] == ["step_00000004", "step_00000005"]  # the best so far, and the last
-    assert damage(folders[1]) is None
+    assert [folder.name for folder in folders] == ["step_00000004"]  # before the validation that is due then
+    assert damage(folders[0]) is None
     assert "continue with --resume" in capsys.readouterr().out
     assert train(recipe, resume=True) is None
     whole = {line["step"]: line["loss"] for line in metrics(uninterrupted, "train")}
     resumed = metrics(recipe, "train")  # means over three steps, of which the checkpoint lies in the middle
     assert [line["step"] for line in resumed] == [3, 6]
     assert resumed[1]["loss"] == pytest.approx(sum(whole[step] for step in (4, 5, 6)) / 3, rel=1e-6)
+    assert metrics(recipe, "valid") == metrics(uninterrupted, "valid")
     assert metrics(recipe, "test") == metrics(uninterrupted, "test")
 
 
-@pytest.mark.parametrize("place", ["checkpoint.save", "validate"])
-def test_a_signal_during_a_save_or_an_evaluation_is_obeyed_after_the_next_step(
-    uninterrupted, tmp_path, monkeypatch, place
-):
+def test_a_signal_during_a_save_is_obeyed_after_the_next_step(uninterrupted, tmp_path, monkeypatch):
     recipe = make_recipe(tmp_path)
-    holder, name = (loop.checkpoint, "save") if place == "checkpoint.save" else (loop, place)
-    work = getattr(holder, name)
-
-    def signal_and_work(*args, **kwargs):
-        monkeypatch.setattr(holder, name, work)
-        os.kill(os.getpid(), signal.SIGTERM)
-        return work(*args, **kwargs)
-
-    monkeypatch.setattr(holder, name, signal_and_work)
+    signal_at_call(monkeypatch, loop.checkpoint, "save", 1)
     assert train(recipe) == signal.SIGTERM
-    step = 3 if place == "checkpoint.save" else 5  # saved every 2 steps, and evaluated every 4
-    newest = Path(recipe.training.output_dir) / "checkpoints" / f"step_{step:08d}"
-    assert damage(newest) is None
+    assert damage(Path(recipe.training.output_dir) / "checkpoints" / "step_00000003") is None
     assert train(recipe, resume=True) is None
     assert_same_run(uninterrupted, recipe)
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_signal_breaks_off_a_validation_which_is_made_on_resume(uninterrupted, tmp_path, monkeypatch, keep):
+    recipe = make_recipe(tmp_path, f"training.keep_checkpoints={keep}")
+    with monkeypatch.context() as patch:
+        segments = signal_at_call(patch, token_loss, "without_padding", 3)
+        assert train(recipe) == signal.SIGTERM
+    assert len(segments) == 3  # of which the last is not scored
+    newest = Path(recipe.training.output_dir) / "checkpoints" / "step_00000004"
+    assert damage(newest) is None
+    assert metrics(recipe, "valid") == []
+    with monkeypatch.context() as patch:
+        segments = signal_at_call(patch, token_loss, "without_padding", 2)
+        assert train(recipe, resume=True) == signal.SIGTERM  # again, and nothing is lost
+    assert len(segments) == 2
+    assert train(recipe, resume=True) is None
+    assert_same_run(uninterrupted, recipe)
+
+
+@pytest.mark.parametrize(("place", "name"), [(token_loss, "without_padding"), (causality, "_log_probabilities")])
+def test_a_signal_breaks_off_the_report_at_the_end_which_is_made_on_resume(
+    uninterrupted, tmp_path, monkeypatch, capsys, place, name
+):
+    recipe = make_recipe(tmp_path, "training.evaluate_every=null")
+    run = Path(recipe.training.output_dir)
+    with monkeypatch.context() as patch:
+        calls = signal_at_call(patch, place, name, 2)
+        assert train(recipe) == signal.SIGTERM
+    assert len(calls) == 2
+    assert "continue with --resume" in capsys.readouterr().out
+    assert metrics(recipe, "test") == []
+    assert not (run / "final").exists()
+    last = run / "checkpoints" / "step_00000008"
+    before = {path: path.stat().st_mtime_ns for path in last.iterdir()}
+    monkeypatch.setattr(loop, "train_step", None)  # no step is left
+    assert train(recipe, resume=True) is None
+    assert {path: path.stat().st_mtime_ns for path in last.iterdir()} == before
+    assert metrics(recipe, "test") == metrics(uninterrupted, "test")
+    assert (run / "final" / "evaluation.json").is_file()
 
 
 def test_after_a_truncated_checkpoint_the_one_before_it_is_continued(uninterrupted, tmp_path, caplog):
