@@ -33,6 +33,15 @@ def test_the_files_it_names_exist():
         assert path.exists() or list(ROOT.glob(f"deq_lm/*/{name}")) or name in ("metrics.jsonl",), name
 
 
+@pytest.mark.parametrize("document", ["README.md", "eval/README.md", "eval/results/README.md", "recipes/README.md"])
+def test_the_modules_that_a_document_names_exist(document: str):
+    names = re.findall(r"`(deq_lm(?:[/.]\w+)+?)(?:\.py)?`", (ROOT / document).read_text("utf-8"))
+    for name in names:
+        path = ROOT / name.replace(".", "/")
+        places = [path.with_suffix(".py"), path, path.parent.with_suffix(".py")]  # a module, a package, a name in a module
+        assert any(place.exists() for place in places), name
+
+
 def test_the_commands_it_gives_name_files_recipes_and_targets_that_exist():
     makefile = (ROOT / "Makefile").read_text("utf-8")
     for language, code in BLOCKS:
