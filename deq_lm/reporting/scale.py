@@ -46,6 +46,9 @@ def families(measurements: Measurements) -> dict[tuple[str, int], list[ScalePoin
 
 
 def _kind(result: EvaluationResult) -> str:
-    depth = {"stack": "untied"}.get(result.model["depth"], result.model["depth"])
+    """What tells curves apart, in words; the curves' equilibria are all regularized."""
+    depth = str(result.model["depth"])
+    if depth == "stack":
+        return "untied"
     regularized = depth == "unrolled" and (result.recipe or {}).get("training", {}).get("jacobian") is not None
     return f"{depth}, regularized" if regularized else depth
