@@ -38,7 +38,8 @@ def test_the_modules_that_a_document_names_exist(document: str):
     names = re.findall(r"`(deq_lm(?:[/.]\w+)+?)(?:\.py)?`", (ROOT / document).read_text("utf-8"))
     for name in names:
         path = ROOT / name.replace(".", "/")
-        places = [path.with_suffix(".py"), path, path.parent.with_suffix(".py")]  # a module, a package, a name in a module
+        # a module, a package, a name in a module
+        places = [path.with_suffix(".py"), path, path.parent.with_suffix(".py")]
         assert any(place.exists() for place in places), name
 
 
