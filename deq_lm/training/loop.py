@@ -139,7 +139,9 @@ def _train(recipe: Recipe, resume: bool, held: ExitStack) -> int | None:
         )
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        run.open(recipe, step=progress.step, owed=("valid", "sample") if progress.owes_validation else ())
+        owed = ["valid", "sample"] if progress.owes_validation else []
+        owed += ["faults", "test"] if progress.step == settings.max_steps else []  # the report is made, or made anew
+        run.open(recipe, step=progress.step, owed=owed)
         checkpoint.warn_of_little_space(run.checkpoints, model, keep=settings.keep_checkpoints)
 
     tracker = Tracker(
