@@ -19,9 +19,14 @@ from deq_lm.adjoints.splitting import splitting_adjoint
 from deq_lm.solvers import Broyden, FixedPointSolver, Solution, StoppingRule, solve
 from deq_lm.solvers.map_contract import CheckedMap
 
-SPACING = 0.25
-"""Spacings of f's numbers at which the residual of the adjoint equation becomes noise, where those of f itself do at one:
-the cotangent is exact, and a product with J^T rounds less than f, with its norms and activations, does."""
+ADJOINT_FLOOR = 0.25
+"""Spacings of f's numbers at which the residual of the adjoint equation is assumed to be noise, where that of f itself is
+at about one: the cotangent is exact, and a product with J^T rounds less than f, with its norms and activations, does.
+
+Chosen on Transformer-XL cells with random weights (of standard deviation 0.04 to 0.12, 30 sequences each) in bfloat16.
+There the residual of Broyden's and Anderson's solves, once it falls no more, has medians of 0.07 to 0.23 spacings; its
+least is below a quarter in 73 to 93 % of the sequences, and never comes near in 7 to 17 %. Of trained cells nothing is
+known. A solve goes below it for as long as it halves its residual in four steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +67,7 @@ class Implicit(Adjoint):
         if self.solver.needs_proximal_form:
             return splitting_adjoint(f, z, cotangent, self.solver, self.stopping)
         backwards_in_time = self.solver.scope == "prefix"
-        spacing = SPACING * CheckedMap(f, z.device.type).spacing
+        spacing = ADJOINT_FLOOR * CheckedMap(f, z.device.type).spacing
         equation = _AdjointEquation(
             image=image, z=z, cotangent=cotangent, backwards_in_time=backwards_in_time, spacing=spacing
         )
