@@ -26,3 +26,15 @@ class Autocast:
     def convert(self, weight: Tensor) -> Tensor:
         """`weight` in the dtype a matrix product would convert it to, so that this happens once and not per evaluation."""
         return weight.to(self.dtype) if self.enabled and weight.dtype == torch.float32 else weight
+
+
+class KnownPrecision:
+    """A map that says what it computes in, whatever dtype its values have and autocast state there is where it is called.
+
+    Attributes:
+        dtype: of its weights and what it makes of them.
+        autocast: under which it evaluates.
+    """
+
+    dtype: torch.dtype
+    autocast: Autocast

@@ -16,12 +16,18 @@ from torch.autograd.function import once_differentiable
 
 from deq_lm.adjoints.base import Adjoint, DifferentiableMap, Solve
 from deq_lm.adjoints.splitting import splitting_adjoint
+from deq_lm.autocast import Autocast
 from deq_lm.solvers import Broyden, FixedPointSolver, Solution, StoppingRule, solve
-from deq_lm.solvers.map_contract import CheckedMap
+from deq_lm.solvers.map_contract import spacing_of
 
-SPACING = 0.25
-"""Spacings of f's numbers at which the residual of the adjoint equation becomes noise, where those of f itself do at one:
-the cotangent is exact, and a product with J^T rounds less than f, with its norms and activations, does."""
+ADJOINT_FLOOR = 0.25
+"""Spacings of f's numbers at which the residual of the adjoint equation is assumed to be noise, where that of f itself is
+at about one: the cotangent is exact, and a product with J^T rounds less than f, with its norms and activations, does.
+
+Chosen on Transformer-XL cells with random weights (of standard deviation 0.04 to 0.12, 30 sequences each) in bfloat16.
+There the residual of Broyden's and Anderson's solves, once it falls no more, has medians of 0.07 to 0.23 spacings; its
+least is below a quarter in 73 to 93 % of the sequences, and never comes near in 7 to 17 %. Of trained cells nothing is
+known. A solve goes below it for as long as it halves its residual in four steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,38 +68,26 @@ class Implicit(Adjoint):
         if self.solver.needs_proximal_form:
             return splitting_adjoint(f, z, cotangent, self.solver, self.stopping)
         backwards_in_time = self.solver.scope == "prefix"
-        spacing = SPACING * CheckedMap(f, z.device.type).spacing
-        equation = _AdjointEquation(
-            image=image, z=z, cotangent=cotangent, backwards_in_time=backwards_in_time, spacing=spacing
+
+        def in_its_time(u: Tensor) -> Tensor:
+            return u.flip(1) if backwards_in_time else u
+
+        def transposed(u: Tensor) -> Tensor:
+            (product,) = torch.autograd.grad(
+                image, z, in_its_time(u), retain_graph=True, allow_unused=True, materialize_grads=True
+            )
+            return in_its_time(product + cotangent)
+
+        solution = solve(
+            transposed,
+            in_its_time(cotangent),
+            solver=self.solver,
+            stopping=self.stopping,
+            spacing=ADJOINT_FLOOR * spacing_of(f, image.dtype, Autocast.current(z.device.type)),
         )
-        solution = solve(equation, equation.in_its_time(cotangent), solver=self.solver, stopping=self.stopping)
         if backwards_in_time:
             solution = solution.reversed_in_time()
         return solution.z, solution
-
-
-@dataclass(frozen=True, kw_only=True)
-class _AdjointEquation:
-    """u -> J^T u + cotangent, of which u and the value are in reversed time if `backwards_in_time`.
-
-    Attributes:
-        spacing: see `CheckedMap`; the value is float32, whatever f computes in.
-    """
-
-    image: Tensor
-    z: Tensor
-    cotangent: Tensor
-    backwards_in_time: bool
-    spacing: float
-
-    def in_its_time(self, u: Tensor) -> Tensor:
-        return u.flip(1) if self.backwards_in_time else u
-
-    def __call__(self, u: Tensor) -> Tensor:
-        (product,) = torch.autograd.grad(
-            self.image, self.z, self.in_its_time(u), retain_graph=True, allow_unused=True, materialize_grads=True
-        )
-        return self.in_its_time(product + self.cotangent)
 
 
 class _ImplicitGradient(torch.autograd.Function):

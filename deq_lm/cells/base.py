@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._functorch import config as functorch_config
 
-from deq_lm.autocast import Autocast
+from deq_lm.autocast import Autocast, KnownPrecision
 from deq_lm.cells.memory import Memory, Past, ProjectedMemory
 
 UNLIMITED = 2**31 - 1
@@ -62,7 +62,7 @@ class CellConfig:
 
 
 @dataclass(frozen=True)
-class BoundCell:
+class BoundCell(KnownPrecision):
     """f with all but z fixed: weights, injection, memory, padding, one dropout mask, the autocast state.
 
     Calling it is one evaluation. `tensors` are all that f reads besides z; those that require a gradient are `inputs`,

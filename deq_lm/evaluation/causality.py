@@ -1,4 +1,4 @@
-"""Does the model read the future? Change the text after a cut and look at the log-probabilities before it.
+"""Does the model read the future? Change each text after a cut of its own and look at the log-probabilities before it.
 
 The equilibrium at t depends on tokens up to t only, but an iterate of a solver whose inner products or stopping rule see
 the whole sequence depends on all of them, and a perplexity computed from it has seen what it predicts.
@@ -6,6 +6,7 @@ the whole sequence depends on all of them, and a perplexity computed from it has
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,9 +37,10 @@ class CausalityAudit:
         mean_change_nats: mean over these positions of their largest change.
         mean_bias_nats: -log p of the first token after the cut, predicted in the presence of it and what follows less
             predicted from the text before alone: negative where a perplexity is flattered by what it has seen. Rounding
-            differs between lengths, so a causal model has nearly 0.
-        bias_standard_error_nats: of that mean; None with a single cut.
-        num_cuts: pairs of a sequence and a cut that were tried; every second batch of them has memory before the sequences.
+            differs between lengths, so a causal model has nearly 0. Sequences tried at once share the cut of the first of
+            them here, so that what is before it is of one length.
+        bias_standard_error_nats: of that mean.
+        num_cuts: sequences that were tried, each with a cut of its own; every second batch of them has memory before it.
     """
 
     max_change_nats: float | None
@@ -60,7 +62,8 @@ def audit_causality(
     Args:
         model: left as it was found.
         tokens: 1-D; real text, from which sequences are drawn.
-        config: segment_length and causality_cuts.
+        config: segment_length and causality_cuts. The sequences are tried in two batches or more, so that some have
+            memory and some have none.
         seed: of the places, cuts and replacements.
 
     Raises:
@@ -72,29 +75,31 @@ def audit_causality(
     if length < 2:
         raise DataError(f"the text has {len(tokens) - 1} tokens; a causality audit needs at least 4. Give more text.")
     vocab_size = model.config.vocab_size
-    num_sequences = max(1, min(MAX_SEQUENCES, MAX_LOGITS // (length * vocab_size)))
+    half = math.ceil(config.causality_cuts / 2)
+    num_sequences = max(1, min(MAX_SEQUENCES, MAX_LOGITS // (length * vocab_size), half))
     changes, biases = [], []
     with measuring(model):
-        for i in range(-(-config.causality_cuts // num_sequences)):
+        for i in range(max(2, math.ceil(config.causality_cuts / num_sequences))):
             text = _sequences(tokens, num_sequences, 2 * length, generator).to(device)
             memory = model(text[:, :length], return_logits=False).memory if i % 2 else None
             ids = text[:, length:]
-            cut = int(torch.randint(1, length, (), generator=generator))
-            shift = torch.randint(1, vocab_size, (num_sequences, length - cut), generator=generator).to(device)
-            changed = torch.cat([ids[:, :cut], (ids[:, cut:] + shift) % vocab_size], dim=1)
+            cuts = torch.randint(1, length, (num_sequences,), generator=generator)
+            cut = int(cuts[0])
+            shift = torch.randint(1, vocab_size, ids.shape, generator=generator).to(device)
+            is_later = (torch.arange(length) >= cuts[:, None]).to(device)  # (B, L)
+            changed = torch.where(is_later, (ids + shift) % vocab_size, ids)
             before, after, alone = (
-                _log_probabilities(model, inputs, memory, cut) for inputs in (ids, changed, ids[:, :cut])
+                _log_probabilities(model, inputs, memory) for inputs in (ids, changed, ids[:, :cut])
             )
-            changes.append((before - after).abs().amax(dim=-1).flatten().double().cpu())  # (B * cut,)
+            changes.append((before - after).abs().amax(dim=-1)[~is_later].double().cpu())  # (sum of cuts,)
             next_token = ids[:, cut, None]  # what the last position before the cut predicts
-            biases.append((alone[:, -1] - before[:, -1]).gather(-1, next_token).flatten().double().cpu())  # (B,)
+            biases.append((alone[:, -1] - before[:, cut - 1]).gather(-1, next_token).flatten().double().cpu())  # (B,)
     change, bias = torch.cat(changes), torch.cat(biases)
-    error = float(bias.std()) / len(bias) ** 0.5 if len(bias) > 1 else float("nan")
     return CausalityAudit(
         max_change_nats=finite(float(change.max())),
         mean_change_nats=finite(float(change.mean())),
         mean_bias_nats=finite(float(bias.mean())),
-        bias_standard_error_nats=finite(error),
+        bias_standard_error_nats=finite(float(bias.std()) / len(bias) ** 0.5),
         num_cuts=len(bias),
     )
 
@@ -105,6 +110,6 @@ def _sequences(tokens: np.ndarray, num_sequences: int, length: int, generator: t
     return torch.from_numpy(np.stack([tokens[start : start + length] for start in starts]).astype(np.int64))
 
 
-def _log_probabilities(model: DEQLMForCausalLM, ids: Tensor, memory: Any, cut: int) -> Tensor:
-    """log p of every word at the positions before the cut, (B, cut, V)."""
-    return model(ids, memory=memory).logits[:, :cut].log_softmax(dim=-1)
+def _log_probabilities(model: DEQLMForCausalLM, ids: Tensor, memory: Any) -> Tensor:
+    """log p of every word at every position, (B, L, V)."""
+    return model(ids, memory=memory).logits.log_softmax(dim=-1)

@@ -16,8 +16,8 @@ class EvaluationConfig:
         mem_len: positions of memory a segment may attend to; None is what the model was trained with.
         max_segments: score only so many segments of every stream when validating during training; None scores all. The
             final evaluation always scores all.
-        causality_cuts: random sequences that the causality audit cuts, at least: it takes several at a time, all cut at one
-            random place.
+        causality_cuts: random sequences that the causality audit cuts, at least, each at a random place of its own; about
+            half of them have memory. Two or more are cut in any case.
         no_op_segments: segments of every stream on which the solve is compared with one evaluation of the cell; 0 skips
             the comparison.
         curve_evaluations: evaluations of the cell at which the loss is measured as well, on `max_segments` segments; [] is

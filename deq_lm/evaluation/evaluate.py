@@ -55,7 +55,7 @@ def evaluate(
         DataError: the split is too short for the causality audit.
     """
     measured = corpus.splits[split]
-    result = scored or score_split(model, measured, config)
+    result = score_split(model, measured, config) if scored is None else scored
     vocab_size = model.config.vocab_size
     train_tokens = corpus.splits["train"].tokens
     ngrams = {

@@ -26,7 +26,8 @@ def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write `content` with date, versions and machine."""
+    """Write `content` with date, versions and machine; the folder is made if only it is missing."""
+    path.parent.mkdir(exist_ok=True)
     made = provenance()
     record = {"created": made["created"], "environment": made["environment"], **content}
     path.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")

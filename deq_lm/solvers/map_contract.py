@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from deq_lm._types import FixedPointMap
-from deq_lm.autocast import Autocast
+from deq_lm.autocast import Autocast, KnownPrecision
 from deq_lm.solvers.norms import spacing
 
 
@@ -17,15 +17,20 @@ class CheckedMap:
 
     Solvers run with autocast off, since their inner products must not be rounded to half precision.
 
+    Args:
+        f: the map.
+        device_type: of the state.
+        spacing: see `solve`.
+
     Raises:
         ValueError: if f changes the shape, or writes into its argument or into what it returned before (an output buffer
             used twice makes every residual zero).
     """
 
-    def __init__(self, f: FixedPointMap, device_type: str) -> None:
-        self._f = f
+    def __init__(self, f: FixedPointMap, device_type: str, *, spacing: float | None = None) -> None:
+        self._f, self._given_spacing = f, spacing
         self._autocast = Autocast.current(device_type)
-        self._image_dtype = torch.float64
+        self._image_dtype: torch.dtype | None = None
         self._last: weakref.ref[Tensor] | None = None
 
     @property
@@ -33,17 +38,17 @@ class CheckedMap:
         """f itself, for a solver that needs more of it than its values."""
         return self._f
 
-    @property
-    def spacing(self) -> float:
-        """Relative spacing of the numbers that f computes with: those of its image, of the dtype it says it computes in, or
-        of autocast, its own or the caller's, whichever is coarsest; or of its image and what it says itself (`f.spacing`).
-        Known after the first evaluation."""
-        own = getattr(self._f, "spacing", None)
-        if own is not None:
-            return max(own, spacing(self._image_dtype))
-        autocast = getattr(self._f, "autocast", self._autocast)
-        dtypes = {self._image_dtype, getattr(self._f, "dtype", self._image_dtype)}
-        return max(map(spacing, dtypes | ({autocast.dtype} if autocast.enabled else set())))
+    def spacing(self, state_dtype: torch.dtype) -> float:
+        """Relative spacing of the numbers that f computes with.
+
+        Args:
+            state_dtype: stands for that of f's image as long as f has not been evaluated here, as by an operator splitting,
+                which evaluates its parts.
+        """
+        image_dtype = state_dtype if self._image_dtype is None else self._image_dtype
+        if self._given_spacing is not None:
+            return max(self._given_spacing, spacing(image_dtype))
+        return spacing_of(self._f, image_dtype, self._autocast)
 
     def __call__(self, z: Tensor) -> Tensor:
         last = None if self._last is None else self._last()
@@ -63,3 +68,20 @@ class CheckedMap:
         image = image.to(z.dtype)
         self._last = weakref.ref(image)
         return image
+
+
+def spacing_of(f: FixedPointMap, image_dtype: torch.dtype, autocast: Autocast) -> float:
+    """Relative spacing of the numbers that f computes with, the coarsest of those it can be seen to compute with.
+
+    Args:
+        f: a `KnownPrecision`, such as a bound cell, says what it computes in; of others the rest is all there is to see.
+        image_dtype: of what it returns.
+        autocast: of where it is called; f's own replaces it.
+    """
+    dtypes = {image_dtype}
+    if isinstance(f, KnownPrecision):
+        autocast = f.autocast
+        dtypes.add(f.dtype)
+    if autocast.enabled:
+        dtypes.add(autocast.dtype)
+    return max(map(spacing, dtypes))

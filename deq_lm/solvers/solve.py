@@ -28,6 +28,7 @@ def solve(
     stopping: StoppingRule | None = None,
     fallback: Picard | None = FALLBACK,
     differentiable: bool = False,
+    spacing: float | None = None,
 ) -> Solution:
     """Find z with f(z) = z.
 
@@ -48,6 +49,8 @@ def solve(
             them astray (DIVERGED, NON_FINITE); None leaves them there. Not used after a solver without coefficients.
         differentiable: record the steps for backpropagation (only for solvers that can be), and return the last iterate.
             Otherwise nothing is recorded.
+        spacing: of the numbers that f computes with, relative to their size, where the caller knows better than what can be
+            seen of f (`map_contract.spacing_of`); that of its image counts where it is coarser.
 
     Returns:
         A `Solution`. An outcome other than CONVERGED is a value in it, not an exception.
@@ -68,7 +71,7 @@ def solve(
         raise ValueError("solve(z0): the start has NaN or infinite entries; start from zeros or a finite state.")
     z0 = z0.to(torch.promote_types(z0.dtype, torch.float32))
     device_type = z0.device.type
-    f = CheckedMap(f, device_type)
+    f = CheckedMap(f, device_type, spacing=spacing)
     with torch.set_grad_enabled(differentiable), torch.autocast(device_type, enabled=False):
         run = _Run(f, solver, stopping, z0)
         run.iterate(solver, keep_best=not differentiable)
@@ -89,7 +92,7 @@ class _Run:
         self.scope: Scope = solver.scope
         self.state: SolverState = solver.init(f, z0)
         norm, image_norm = self._norms()
-        self.progress = stopping.begin(norm, image_norm, self.state.num_evaluations, f.spacing)
+        self.progress = stopping.begin(norm, image_norm, self.state.num_evaluations, f.spacing(z0.dtype))
         self.best_point = self.state.point
         self.trace = [_last(norm, image_norm)]
         self.used_fallback = torch.zeros_like(self.progress.active)

@@ -19,7 +19,7 @@ from accelerate.utils import gather_object, set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from deq_lm.adjoints import Implicit
-from deq_lm.adjoints.implicit import SPACING
+from deq_lm.adjoints.implicit import ADJOINT_FLOOR
 from deq_lm.data.encoding import EncodedCorpus, prepare
 from deq_lm.data.streams import ContiguousStreams
 from deq_lm.data.tokenizers import vocabulary_hash
@@ -139,7 +139,9 @@ def _train(recipe: Recipe, resume: bool, held: ExitStack) -> int | None:
         )
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        run.open(recipe, step=progress.step, owed=("valid", "sample") if progress.owes_validation else ())
+        owed = ["valid", "sample"] if progress.owes_validation else []
+        owed += ["faults", "test"] if progress.step == settings.max_steps else []  # the report is made, or made anew
+        run.open(recipe, step=progress.step, owed=owed)
         checkpoint.warn_of_little_space(run.checkpoints, model, keep=settings.keep_checkpoints)
 
     tracker = Tracker(
@@ -216,7 +218,7 @@ def warn_of_precision_floor(recipe: Recipe) -> None:
     rules = [("model.stopping", build_stopping(config.stopping, "model.stopping"), BFLOAT16_FLOOR)]
     adjoint = build_adjoint(config.adjoint, "model.adjoint")
     if isinstance(adjoint, Implicit):
-        rules.append(("model.adjoint.stopping", adjoint.stopping, SPACING * BFLOAT16_FLOOR))
+        rules.append(("model.adjoint.stopping", adjoint.stopping, ADJOINT_FLOOR * BFLOAT16_FLOOR))
     for name, rule, floor in rules:
         if rule.rtol < floor:
             logger.warning(

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import nn
 
 from deq_lm.errors import ConfigError, Interrupted
@@ -98,8 +97,10 @@ class StopSignal:
         """
 
         def look(*_: object) -> None:
-            has_come = self.number is not None
-            if has_come if accelerator is None else any(gather_object([has_come])):
+            has_come = torch.tensor(int(self.number is not None))
+            if accelerator is not None:
+                has_come = accelerator.reduce(has_come.to(accelerator.device))
+            if has_come:
                 raise Interrupted
 
         hook = model.register_forward_pre_hook(look)

@@ -114,7 +114,7 @@ def measure(arguments: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    return run_benchmark(benchmark_parser(__doc__, "eval/results/adjoint_reuse.json"), measure)
+    return run_benchmark(benchmark_parser(__doc__, "adjoint_reuse"), measure)
 
 
 if __name__ == "__main__":

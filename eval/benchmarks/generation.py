@@ -185,7 +185,7 @@ def measure(arguments: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    return run_benchmark(benchmark_parser(__doc__, "eval/results/generation.json"), measure)
+    return run_benchmark(benchmark_parser(__doc__, "generation"), measure)
 
 
 if __name__ == "__main__":

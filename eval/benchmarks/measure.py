@@ -68,9 +68,24 @@ def reachable(rtol: float, precision: str) -> float:
     return max(rtol, 1e-2) if precision == "bf16" else rtol
 
 
-def benchmark_parser(doc: str | None, default_output: str) -> argparse.ArgumentParser:
+def default_output(benchmark: str) -> Path:
+    """Where a benchmark writes if it is not told: not over the committed results."""
+    return Path("results") / f"{benchmark}.json"
+
+
+def check_own_output(path: Path) -> None:
+    """`check_output`; the folder of `default_output` may be missing, and is made when there is something to write.
+
+    Raises:
+        DataError: as there.
+    """
+    if path.parent != default_output("").parent or os.path.lexists(path.parent):
+        check_output(path)
+
+
+def benchmark_parser(doc: str | None, benchmark: str) -> argparse.ArgumentParser:
     """The options every benchmark has."""
-    name = f"eval/benchmarks/{Path(default_output).stem}.py"
+    name, default = f"eval/benchmarks/{benchmark}.py", default_output(benchmark)
     epilog = f"""examples:
   python {name}
   python {name} --model runs/mine --output mine.json --rounds 9
@@ -83,7 +98,7 @@ exit codes: 0 done; 2 a mistake in the call, or no trained cell.
     parser.add_argument(
         "--model", type=Path, default=Path("runs/benchmark_cell"), help="run whose cell is the trained one"
     )
-    parser.add_argument("--output", type=Path, default=Path(default_output), help=f"default: {default_output}")
+    parser.add_argument("--output", type=Path, default=default, help=f"default: {default}")
     parser.add_argument("--rounds", type=count, default=5, help="interleaved rounds behind each median; default: 5")
     parser.add_argument("--threads", type=threads, default=1, help="CPU threads; default: 1")
     parser.add_argument(
@@ -136,7 +151,7 @@ def run_benchmark(parser: argparse.ArgumentParser, measure: Callable[[argparse.N
     """Measure what the command line asks for; the code to exit with."""
     arguments = parser.parse_args()
     try:
-        check_output(arguments.output)
+        check_own_output(arguments.output)
         torch.set_num_threads(arguments.threads)
         measure(arguments)
     except (CheckpointError, ConfigError, DataError, OSError) as error:

@@ -27,13 +27,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import count, threads
+from measure import check_own_output, count, default_output, threads
 from torch import Tensor
 
 from deq_lm.cells import Memory, MonotoneCell, MonotoneConfig
 from deq_lm.cells.proximal_map import ProximalMap
 from deq_lm.errors import DataError, in_one_line
-from deq_lm.evaluation.records import check_output
 from deq_lm.evaluation.tables import markdown_table, write_json
 from deq_lm.reporting.plots import curves
 from deq_lm.reporting.report import write_figure
@@ -85,7 +84,7 @@ def main() -> int:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    default = Path(__file__).resolve().parents[1] / "results" / "monotone.json"
+    default = default_output("monotone")
     parser.add_argument("--output", type=Path, default=default, help="plots are written beside it; default: results/")
     parser.add_argument("--draws", type=count, default=1000, help="random weights; default: 1000")
     parser.add_argument("--adversarial", type=count, default=100, help="adversarially scaled weights; default: 100")
@@ -96,7 +95,7 @@ def main() -> int:
     parser.add_argument("--runs", nargs="*", default=[], metavar="NAME=FOLDER", help="training runs to compare")
     arguments = parser.parse_args()
     try:
-        check_output(arguments.output)
+        check_own_output(arguments.output)
         training = [row for run in arguments.runs for row in convergence_over_training(run)]
     except (DataError, OSError) as error:
         print(f"{parser.prog}: {in_one_line(str(error))}", file=sys.stderr)

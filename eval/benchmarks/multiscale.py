@@ -33,12 +33,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import count, threads, tolerance
+from measure import check_own_output, count, default_output, threads, tolerance
 from torch import Tensor
 
 from deq_lm import DEQLMConfig, DEQLMForCausalLM
 from deq_lm.errors import DataError, in_one_line
-from deq_lm.evaluation.records import check_output
 from deq_lm.evaluation.tables import markdown_table, write_json
 from deq_lm.suites.cost import count_flops
 
@@ -77,7 +76,7 @@ def main() -> int:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    default = Path(__file__).resolve().parents[1] / "results" / "multiscale.json"
+    default = default_output("multiscale")
     parser.add_argument("--output", type=Path, default=default, help="default: results/multiscale.json")
     parser.add_argument("--cells", nargs="+", choices=list(CELLS), default=list(CELLS), help="default: all")
     parser.add_argument("--steps", type=count, default=600, help="training steps; default: 600")
@@ -86,7 +85,7 @@ def main() -> int:
     parser.add_argument("--seed", type=count, default=1, help="of weights and streams; default: 1")
     arguments = parser.parse_args()
     try:
-        check_output(arguments.output)
+        check_own_output(arguments.output)
     except (DataError, OSError) as error:
         print(f"{parser.prog}: {in_one_line(str(error))}", file=sys.stderr)
         return 2

@@ -26,14 +26,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measure import count, device, interleaved_medians, threads
+from measure import check_own_output, count, default_output, device, interleaved_medians, threads
 from torch import Tensor
 
 from deq_lm.cells import MonotoneCell, MonotoneConfig
 from deq_lm.cells.causal_operator import CausalOperator, CausalResolvent
 from deq_lm.cells.proximal_map import ProximalMap
 from deq_lm.errors import DataError, in_one_line
-from deq_lm.evaluation.records import check_output
 from deq_lm.evaluation.tables import markdown_table, write_json
 from deq_lm.solvers import PeacemanRachford, StoppingRule, solve
 
@@ -166,14 +165,14 @@ def main() -> int:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    default = Path(__file__).resolve().parents[1] / "results" / "resolvent.json"
+    default = default_output("resolvent")
     parser.add_argument("--output", type=Path, default=default, help="default: results/resolvent.json")
     parser.add_argument("--rounds", type=count, default=5, help="interleaved rounds behind each median; default: 5")
     parser.add_argument("--threads", type=threads, default=1, help="CPU threads; default: 1")
     parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     try:
-        check_output(arguments.output)
+        check_own_output(arguments.output)
     except (DataError, OSError) as error:
         print(f"{parser.prog}: {in_one_line(str(error))}", file=sys.stderr)
         return 2

@@ -52,8 +52,8 @@ def main() -> int:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    default = Path(__file__).resolve().parents[1] / "results" / "reversible.json"
-    parser.add_argument("--output", type=Path, default=default, help=f"JSON file to write; default: {default.name}")
+    default = Path("results/reversible.json")
+    parser.add_argument("--output", type=Path, default=default, help=f"JSON file to write; default: {default}")
     parser.add_argument("--steps", type=int, nargs="+", default=STEPS, help="numbers of evaluations after the first")
     parser.add_argument("--threads", type=int, default=1, help="of torch; default: 1")
     arguments = parser.parse_args()
@@ -64,12 +64,13 @@ def main() -> int:
         parser.error(f"--threads {arguments.threads}: expected 1 to {available}, the processors of this machine")
 
     import torch
+    from measure import check_own_output
 
     from deq_lm.errors import DataError, in_one_line
-    from deq_lm.evaluation.records import check_output, environment
+    from deq_lm.evaluation.records import environment
 
     try:
-        check_output(arguments.output)
+        check_own_output(arguments.output)
     except (DataError, OSError) as error:
         parser.error(in_one_line(str(error)))
     torch.set_num_threads(arguments.threads)
@@ -81,6 +82,7 @@ def main() -> int:
         for num_steps in arguments.steps
     ]
     result = {"rows": [asdict(row) for row in rows], "environment": environment()}
+    arguments.output.parent.mkdir(exist_ok=True)
     aside = arguments.output.with_name(f".{arguments.output.name}.incomplete")
     aside.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(aside, arguments.output)

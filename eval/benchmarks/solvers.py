@@ -173,7 +173,7 @@ def measure(arguments: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    parser = benchmark_parser(__doc__, "eval/results/solvers.json")
+    parser = benchmark_parser(__doc__, "solvers")
     parser.add_argument(
         "--check-every", type=count, help="steps between questions to the device; default: 1, on a GPU 4"
     )

@@ -214,7 +214,7 @@ def measure(arguments: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    parser = benchmark_parser(__doc__, "eval/results/training_step.json")
+    parser = benchmark_parser(__doc__, "training_step")
     parser.add_argument("--max-steps", type=count, default=30, help="budget of both solves, and the deeper unroll")
     parser.add_argument(
         "--rtol", type=tolerance, nargs="+", default=[1e-3], help="tolerances of both solves; default: 1e-3"

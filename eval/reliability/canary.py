@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 if TYPE_CHECKING:
     from deq_lm import DEQLMForCausalLM
@@ -62,9 +62,8 @@ class Score:
         return self.nats >= FLOOR - 3 * self.standard_error - 1e-9
 
 
-@dataclass(frozen=True, kw_only=True)
-class Outcome(Score):
-    """The score of a run, and which it was."""
+class Key(NamedTuple):
+    """Which run it is, among those of as many training steps."""
 
     solver: str
     scope: str
@@ -74,6 +73,29 @@ class Outcome(Score):
 
     def __str__(self) -> str:
         return f"{self.solver} {self.scope}, {self.adjoint}, {self.solver_steps} steps, seed {self.seed}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome(Score):
+    """The score of a run, and which it was.
+
+    Attributes:
+        solver, scope, adjoint, solver_steps, seed: its `Key`.
+        commit: of the code that made it, as in `environment`; None in files from before it was kept.
+        created: when it ended, or when the file that it was in was last written, ISO 8601, UTC; likewise.
+    """
+
+    solver: str
+    scope: str
+    adjoint: str
+    solver_steps: int
+    seed: int
+    commit: str | None = None
+    created: str | None = None
+
+    @property
+    def key(self) -> Key:
+        return Key(*(getattr(self, name) for name in Key._fields))
 
 
 def combinations() -> Iterator[Combination]:
@@ -173,10 +195,12 @@ def main() -> int:
     import torch
 
     from deq_lm.errors import DataError, in_one_line
-    from deq_lm.evaluation.records import Record, check_output, provenance, read_record, write_record
+    from deq_lm.evaluation.records import Record, check_output, environment, provenance, read_record, write_record
 
     @dataclass(frozen=True, kw_only=True)
     class CanaryResult(Record):
+        """Its own commit and date are those of the last run."""
+
         kind: ClassVar[str] = "canary"
         floor_nats: float
         training_steps: int
@@ -197,43 +221,41 @@ def main() -> int:
                         f"{arguments.output}: holds runs of {kept.training_steps} training steps, and these are of "
                         f"{arguments.steps}. Give another --output, or --steps {kept.training_steps}."
                     )
+                if kept.floor_nats != FLOOR:
+                    raise DataError(
+                        f"{arguments.output}: holds runs whose chance was {kept.floor_nats} nats, and it is {FLOOR}. Give "
+                        "another --output."
+                    )
                 runs = kept.runs
                 print(f"{arguments.output}: its {len(runs)} runs are kept", flush=True)
         except (DataError, OSError) as error:
             parser.error(in_one_line(str(error)))
     torch.set_num_threads(1)
-    done = set(map(str, runs))
+    commit = environment()["commit"]  # of the code as it was loaded
+    done = {run.key for run in runs}
     for seed, solver_steps, combination in (
         (seed, solver_steps, combination)
         for seed in arguments.seeds
         for solver_steps in arguments.solver_steps
         for combination in chosen
     ):
-        name = f"{combination}, {solver_steps} steps, seed {seed}"
-        if name in done:
+        solver, adjoint = combination.solver, combination.adjoint
+        key = Key(solver["name"], solver["scope"], adjoint["name"], solver_steps, seed)
+        if key in done:
             continue
         model = make_model(combination, solver_steps=solver_steps, seed=seed)
         score = train_and_score(model, num_steps=arguments.steps, seed=seed)
-        runs.append(
-            Outcome(
-                nats=score.nats,
-                standard_error=score.standard_error,
-                solver=combination.solver["name"],
-                scope=combination.solver["scope"],
-                adjoint=combination.adjoint["name"],
-                solver_steps=solver_steps,
-                seed=seed,
-            )
-        )
+        now = provenance()
+        runs.append(Outcome(**vars(score), **key._asdict(), commit=commit, created=now["created"]))
         verdict = "honest" if score.is_honest else "BELOW CHANCE"
-        print(f"{name}: {score.nats:.4f} +- {score.standard_error:.4f} (chance {FLOOR:.4f}) {verdict}", flush=True)
+        print(f"{key}: {score.nats:.4f} +- {score.standard_error:.4f} (chance {FLOOR:.4f}) {verdict}", flush=True)
         if arguments.output is not None:
             result = CanaryResult(
-                **provenance(),
+                **now,
                 floor_nats=FLOOR,
                 training_steps=arguments.steps,
                 runs=runs,
-                below_chance=[str(run) for run in runs if not run.is_honest],
+                below_chance=[str(run.key) for run in runs if not run.is_honest],
             )
             write_record(arguments.output, result)
     return 0 if all(run.is_honest for run in runs) else 1

@@ -7,10 +7,12 @@ import torch
 from torch import Tensor
 
 from deq_lm.adjoints import Implicit
+from deq_lm.adjoints.implicit import ADJOINT_FLOOR
 from deq_lm.cells import TransformerXLCell, TransformerXLConfig
 from deq_lm.cells.monotone import MonotoneCell, MonotoneConfig
 from deq_lm.solvers import Anderson, Broyden, FixedPointSolver, Outcome, Solution, StoppingRule, solve
 from deq_lm.solvers import stopping as rules
+from deq_lm.solvers.norms import spacing
 
 MAX_STEPS = 60
 SOLVERS = [Broyden(), Broyden(scope="sequence"), Anderson(), Anderson(scope="sequence")]
@@ -48,6 +50,13 @@ def test_an_adjoint_solve_in_bfloat16_stalls_at_its_floor_and_does_not_run_out_o
     assert (solution.relative_residual < 4e-3).all()
     distance = (solution.z - to_the_end.z).flatten(1).norm(dim=1)
     assert (distance < 0.1 * to_the_end.z.flatten(1).norm(dim=1)).all()
+
+
+@every_solver
+def test_a_solve_that_halves_its_residual_goes_below_the_floor_that_is_assumed(solver):
+    floor = ADJOINT_FLOOR * spacing(torch.bfloat16)
+    below = [(backward(solver, rtol).relative_residual < floor).float().mean().item() for rtol in (1e-3, 1e-4)]
+    assert min(below) >= 0.5
 
 
 @every_solver

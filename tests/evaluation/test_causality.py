@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -88,26 +89,39 @@ def test_the_sequence_scope_stopped_early_is_not_causal(deq_model, make_split, f
     assert not audit.is_causal
 
 
-def test_every_second_cut_has_memory_and_the_same_memory_for_both_texts(deq_model, make_split):
-    model = deq_model()
+def passes(model) -> list[tuple[torch.Tensor, object]]:
+    """A list that fills with tokens and memory of every forward pass of `model`."""
     seen = []
     model.register_forward_pre_hook(
         lambda _, args, kwargs: seen.append((args[0], kwargs.get("memory"))), with_kwargs=True
     )
+    return seen
+
+
+def test_each_sequence_is_changed_after_a_cut_of_its_own(deq_model, make_split):
+    model = deq_model()
+    seen = passes(model)
     audit_causality(model, make_split(100).tokens, CONFIG)
-    first, second = seen[:3], seen[3:7]
-    assert len({seen[i][0].shape[1] for i in (2, 6, 9, 13, 16, 20)}) > 2  # lengths of the prefixes: the cuts
+    text, other, prefix = (ids for ids, _ in seen[:3])
+    is_changed = text != other
+    cuts = is_changed.int().argmax(dim=1)
+    assert torch.equal(is_changed, torch.arange(12) >= cuts[:, None])  # all after it, nothing before it
+    assert (cuts >= 1).all()
+    assert len(set(cuts.tolist())) > 2
+    assert torch.equal(prefix, text[:, : cuts[0]])
+
+
+@pytest.mark.parametrize("num_cuts", [1, 2, 8, 5 * MAX_SEQUENCES + 1])
+def test_every_second_batch_has_memory_and_the_same_memory_for_both_texts(deq_model, make_split, num_cuts):
+    model = deq_model()
+    seen = passes(model)
+    audit = audit_causality(model, make_split(100).tokens, replace(CONFIG, causality_cuts=num_cuts))
+    assert max(num_cuts, 2) <= audit.num_cuts < num_cuts + MAX_SEQUENCES
+    first, (before, *tried) = seen[:3], seen[3:7]
     assert all(memory is None for _, memory in first)
-    before, *tried = second
     assert before[1] is None
     assert tried[0][1] is not None
     assert all(memory is tried[0][1] for _, memory in tried)
-    for (text, _), (other, _), (prefix, _) in (first, tried):
-        cut = prefix.shape[1]
-        assert 1 <= cut < text.shape[1]
-        assert torch.equal(text[:, :cut], other[:, :cut])
-        assert torch.equal(text[:, :cut], prefix)
-        assert (text[:, cut:] != other[:, cut:]).all()
 
 
 def test_the_audit_repeats_for_a_seed_and_leaves_the_random_state_alone(table_model, make_split):

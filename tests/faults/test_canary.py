@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
@@ -14,6 +15,7 @@ import torch
 from scripts_of_eval import load
 from torch import Tensor
 
+from deq_lm.evaluation import records
 from deq_lm.solvers import FixedPointSolver
 from deq_lm.solvers.base import SolverState, evaluate
 
@@ -159,6 +161,32 @@ def test_what_was_interrupted_goes_on_and_more_runs_are_added_to_those_that_are_
     assert all("5 steps" in name for name in below)
 
 
+def test_every_run_keeps_the_commit_and_the_date_of_its_own(run, tmp_path, monkeypatch):
+    output = tmp_path / "canary.json"
+
+    def at(commit: str, created: str, *arguments: object) -> None:
+        monkeypatch.setattr(records, "_commit", lambda: commit)
+        clock = SimpleNamespace(now=lambda _: datetime.fromisoformat(created))
+        monkeypatch.setattr(records, "datetime", clock)
+        run(*arguments, "--output", output)
+
+    at("before", "2026-11-01T00:00:00+00:00", "--solver-steps", 2)
+    older = json.loads(output.read_text("utf-8"))
+    for one in older["runs"][:1]:
+        del one["commit"], one["created"]  # as in files from before they were kept
+    output.write_text(json.dumps(older))
+    at("after", "2026-11-02T00:00:00+00:00", "--solver-steps", 2, 3)
+    found = json.loads(output.read_text("utf-8"))
+    num_kept = len(older["runs"])
+    expected = [
+        (None, None),
+        *[("before", "2026-11-01T00:00:00+00:00")] * (num_kept - 1),
+        *[("after", "2026-11-02T00:00:00+00:00")] * num_kept,
+    ]
+    assert [(one["commit"], one["created"]) for one in found["runs"]] == expected
+    assert (found["environment"]["commit"], found["created"]) == expected[-1]
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
@@ -182,6 +210,15 @@ def test_a_file_of_other_settings_or_of_another_kind_is_refused_in_one_line(run,
     assert message.startswith("canary: error: ")
     assert words in message
     assert output.read_bytes() == before
+
+
+def test_a_file_with_another_chance_is_refused(run, tmp_path, capsys, canary, monkeypatch):
+    output = tmp_path / "canary.json"
+    run("--solver-steps", 2, "--output", output)
+    monkeypatch.setattr(canary, "FLOOR", 1.5)
+    with pytest.raises(SystemExit):
+        run("--solver-steps", 3, "--output", output)
+    assert "holds runs whose chance was 2.079" in capsys.readouterr().err
 
 
 @pytest.mark.slow

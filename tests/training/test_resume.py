@@ -124,6 +124,38 @@ def test_a_signal_breaks_off_the_report_at_the_end_which_is_made_on_resume(
     assert train(recipe, resume=True) is None
     assert {path: path.stat().st_mtime_ns for path in last.iterdir()} == before
     assert metrics(recipe, "test") == metrics(uninterrupted, "test")
+    assert metrics(recipe, "faults") == metrics(uninterrupted, "faults")  # one line
+    assert (run / "final" / "evaluation.json").is_file()
+
+
+def test_a_finished_run_that_is_resumed_makes_its_report_anew_and_records_it_once(uninterrupted, tmp_path):
+    recipe = make_recipe(tmp_path)
+    train(make_recipe(tmp_path, "training.max_steps=4"))
+    for _ in range(2):
+        train(recipe, resume=True)
+        for kind in ("test", "faults"):
+            at_4, at_8 = metrics(recipe, kind)  # of the run that was to stop earlier, and of this one
+            assert at_4["step"] == 4
+            assert [at_8] == metrics(uninterrupted, kind)
+
+
+def test_what_a_signal_breaks_off_of_the_validation_of_the_last_step_is_made_on_resume_and_then_the_report(
+    uninterrupted, tmp_path, monkeypatch
+):
+    recipe = make_recipe(tmp_path, "training.evaluate_every=8")
+    with monkeypatch.context() as patch:
+        segments = signal_at_call(patch, token_loss, "without_padding", 3)
+        assert train(recipe) == signal.SIGTERM
+    assert len(segments) == 3
+    run = Path(recipe.training.output_dir)
+    assert damage(run / "checkpoints" / "step_00000008") is None
+    assert metrics(recipe, "valid") == metrics(recipe, "test") == metrics(recipe, "faults") == []
+    assert not (run / "final").exists()
+    monkeypatch.setattr(loop, "train_step", None)  # no step is left
+    assert train(recipe, resume=True) is None
+    assert metrics(recipe, "valid") == metrics(uninterrupted, "valid")[-1:]
+    for kind in ("test", "faults"):
+        assert metrics(recipe, kind) == metrics(uninterrupted, kind)
     assert (run / "final" / "evaluation.json").is_file()
 
 
