@@ -9,7 +9,7 @@ RUN    := runs/demo_cpu_$(shell date +%Y%m%d_%H%M%S)
 OF_NEWEST := transformers|tokenizers|huggingface_hub|hf-xet|httpcore2|httpx2|click|typer
 
 COMPARED := eval/results/compare_wikipedia eval/results/peak_memory_published.json eval/results/ablations/evaluation_unrolled_regularized_lr_8_?.json
-SCALING := eval/results/scaling eval/results/ablations/evaluation_equilibrium_?.json eval/results/ablations/evaluation_unrolled_regularized_lr_8_?.json eval/results/ablations/evaluation_untied_?.json
+SCALING := eval/results/scaling eval/results/ablations/evaluation_equilibrium_?.json eval/results/ablations/evaluation_unrolled_regularized_lr_8_?.json eval/results/ablations/evaluation_untied_?.json eval/results/ablations/evaluation_unrolled_2_regularized_lr_8_?.json
 CELLS := eval/results/demo_cpu.json eval/results/demo_cpu_monotone.json eval/results/demo_cpu_multiscale.json eval/results/cells
 
 .DEFAULT_GOAL := help

@@ -38,6 +38,8 @@ def main() -> int:
     logging.basicConfig(level=logging.WARNING, format="train_lm: %(message)s")
 
     # torch and transformers take seconds to import, which --help and a mistyped option need not wait for
+    from accelerate import PartialState
+
     from deq_lm.errors import CheckpointError, ConfigError, DataError, SolveError, in_one_line
     from deq_lm.suites import dry_run
     from deq_lm.training import load_recipe, train
@@ -50,6 +52,8 @@ def main() -> int:
             print(dry_run(recipe))
             return 0
         signal_number = train(recipe, resume=arguments.resume)
+        # At the interpreter's end gloo's threads now and then find it gone, and abort a process whose work is done.
+        PartialState().destroy_process_group()
     except (CheckpointError, ConfigError, DataError, FloatingPointError, OSError, SolveError) as error:
         print(f"train_lm: {in_one_line(str(error))}", file=sys.stderr)
         return 3 if isinstance(error, FloatingPointError | SolveError) else 2

@@ -48,7 +48,9 @@ def families(measurements: Measurements) -> dict[tuple[str, int], list[ScalePoin
 def _kind(result: EvaluationResult) -> str:
     """What tells curves apart, in words; the curves' equilibria are all regularized."""
     depth = str(result.model["depth"])
+    if depth == "equilibrium":
+        return depth
     if depth == "stack":
         return "untied"
-    regularized = depth == "unrolled" and (result.recipe or {}).get("training", {}).get("jacobian") is not None
-    return f"{depth}, regularized" if regularized else depth
+    regularized = (result.recipe or {}).get("training", {}).get("jacobian") is not None
+    return f"unrolled {result.model['num_layers']}" + ", regularized" * regularized
