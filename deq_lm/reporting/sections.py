@@ -8,14 +8,15 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from deq_lm.evaluation import Compared, EvaluationResult, compare, is_best_by_evidence, model_name, paired_difference
+from deq_lm.evaluation import EvaluationResult, compare, model_name
 from deq_lm.evaluation.records import Record
+from deq_lm.reporting.headline import headline_rows
 from deq_lm.reporting.measurements import Measurements
-from deq_lm.reporting.plots import PLOTS, own_memory
+from deq_lm.reporting.plots import PLOTS
 from deq_lm.reporting.published import Published
 from deq_lm.reporting.scale import ScalePoint, families
 from deq_lm.reporting.solves import budget_rows, gradient_rows, guarantee_rows, two_start_rows
-from deq_lm.reporting.table import Row, Table, in_units, number
+from deq_lm.reporting.table import Row, Table, in_units, number, ratio
 from deq_lm.structure import differences
 from deq_lm.suites import DECIDES_NO_WEIGHT, ConvergenceResult, CostResult, MemoryResult
 from deq_lm.suites.gradient_error import CLOSE
@@ -73,68 +74,6 @@ def sections_of(
         _provenance(measurements),
     ]
     return [section for section in made if section is not None]
-
-
-def headline_rows(
-    measurements: Measurements, results: Sequence[EvaluationResult], *, rival: str | None = None
-) -> list[Row]:
-    """The table that says it all: a model a row, the lowest loss first.
-
-    Args:
-        measurements: bytes and times.
-        results: losses, of one text.
-        rival: the model to say the difference to; None is the first there is.
-    """
-    cost_result, memory_result = measurements.first(CostResult), measurements.first(MemoryResult)
-    costs = {row.model: row for row in (cost_result.rows if cost_result else ())}
-    base_cost = cost_result.rows[0].training_seconds if cost_result else None
-    base_memory = own_memory(measurements, memory_result.rows[0].model, results) if memory_result else None
-    rows = []
-    compared = compare(results)
-    names = {row.name for row in compared}
-    rival = next((name for name in (rival, *measurements.models()) if name in names), "")
-    best = compared[0] if is_best_by_evidence(compared) else None
-    for row in compared:
-        cost, memory = costs.get(row.name), own_memory(measurements, row.name, results)
-        rows.append(
-            {
-                "model": row.name + (" *" if row is best else ""),
-                "parameters": f"{row.parameters.total:,}",
-                "outside embedding": f"{row.parameters.other:,}",
-                "tokens trained on": number(row.training_tokens, ",d"),
-                "runs": str(row.num_seeds),
-                "nats per word": number(row.nats_per_word, ".3f"),
-                "perplexity per word": number(row.word_perplexity, ",.1f"),
-                "nats per token": number(row.nats_per_token, ".3f") + _interval_of(row),
-                f"difference to {rival}": "-" if row.name == rival else _difference(results, row.name, rival),
-                "bits per byte": number(row.bits_per_byte, ".3f"),
-                "evaluations": number(row.evaluations, ".1f"),
-                "converged": number(row.share_converged, ".1%"),
-                "activations": _ratio(
-                    memory and memory.most_activations, base_memory and base_memory.most_activations, 1e6, "MB"
-                ),
-                "training step": _ratio(cost and cost.training_seconds, base_cost, 1e-3, "ms"),
-                "MFLOP per training token": number(cost and cost.training_flops / 1e6, ".1f"),
-                "causal": "yes" if row.is_causal else "NO",
-            }
-        )
-    return rows
-
-
-def _interval_of(row: Compared) -> str:
-    """Over seeds, or of a single run over documents."""
-    if row.interval is not None:
-        return f" +- {row.interval:.3f}"
-    documents = row.document_interval
-    return "" if documents is None else f" (documents: {documents.low:.3f} to {documents.high:.3f})"
-
-
-def _difference(results: Sequence[EvaluationResult], name: str, rival: str) -> str:
-    found = paired_difference(results, name, rival)
-    if found is None:
-        return "-"
-    mean, interval = found
-    return f"{mean:+.3f}" + ("" if interval is None else f" +- {interval:.3f}")
 
 
 def published_rows(published: Published) -> list[Row]:
@@ -340,12 +279,12 @@ def _cost(measurements: Measurements) -> Section | None:
         rows = [
             {
                 "model": row.model,
-                "training step": _ratio(row.training_seconds, first.training_seconds, 1e-3, "ms"),
+                "training step": ratio(row.training_seconds, first.training_seconds, 1e-3, "ms"),
                 "MFLOP per token": number(row.training_flops_per_token / 1e6, ".1f"),
                 "over the run": number(row.training_flops / 1e6, ".1f"),
                 "evaluations": number(row.training_evaluations, ".1f"),
                 "adjoint evaluations": number(row.adjoint_evaluations, ".1f"),
-                "scoring a segment": _ratio(row.inference_seconds, first.inference_seconds, 1e-3, "ms"),
+                "scoring a segment": ratio(row.inference_seconds, first.inference_seconds, 1e-3, "ms"),
                 "MFLOP per token scored": number(row.inference_flops_per_token / 1e6, ".2f"),
                 "evaluations in scoring": number(row.inference_evaluations, ".1f"),
             }
@@ -411,10 +350,3 @@ def _machine(record: Record) -> str:
     environment = record.environment
     threads = environment.get("torch_threads")
     return ", ".join(environment.get("gpus") or [f"{environment.get('cpu')}, {threads} thread" + "s" * (threads != 1)])
-
-
-def _ratio(value: float | None, base: float | None, unit: float, name: str) -> str:
-    if value is None:
-        return "-"
-    ratio = f" ({value / base:.2f}x)" if base else ""
-    return f"{value / unit:,.1f} {name}{ratio}"

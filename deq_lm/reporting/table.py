@@ -24,3 +24,11 @@ def number(value: float | None, form: str) -> str:
 def in_units(value: float | None, unit: float) -> str:
     """The value in so many units, with one decimal; a dash for None."""
     return "-" if value is None else f"{value / unit:,.1f}"
+
+
+def ratio(value: float | None, base: float | None, unit: float, name: str) -> str:
+    """The value in units of this name, and in brackets its ratio to another; a dash for None."""
+    if value is None:
+        return "-"
+    times = f" ({value / base:.2f}x)" if base else ""
+    return f"{value / unit:,.1f} {name}{times}"

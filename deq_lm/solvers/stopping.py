@@ -15,8 +15,8 @@ A tolerance of half the spacing or more (6e-8 in float32) knows nothing of all t
 How soon that is: of trained Transformer-XL cells, on which the constants below were chosen, and of multiscale ones, on
 which they were not, Broyden's and Anderson's solves in bfloat16 end within five evaluations of twice their least residual
 in half to all of the sequences, and within eleven in all. A map that does not contract has no floor that plain iteration
-reaches, and ends by `patience` or its steps. An adjoint equation's floor is lower: it is taken to be a
-quarter of the spacing.
+reaches, and ends by `patience` or its steps. An adjoint equation's floor is lower: it is taken
+to be a quarter of the spacing.
 """
 
 from __future__ import annotations

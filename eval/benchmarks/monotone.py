@@ -27,12 +27,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import check_own_output, count, default_output, threads
+from measure import count, default_output, run_benchmark, threads
 from torch import Tensor
 
 from deq_lm.cells import Memory, MonotoneCell, MonotoneConfig
 from deq_lm.cells.proximal_map import ProximalMap
-from deq_lm.errors import DataError, in_one_line
+from deq_lm.errors import DataError
 from deq_lm.evaluation.tables import markdown_table, write_json
 from deq_lm.reporting.plots import curves
 from deq_lm.reporting.report import write_figure
@@ -93,20 +93,13 @@ def main() -> int:
         "--jobs", type=threads, default=1, help="processes that solve draws, one thread each; default: 1"
     )
     parser.add_argument("--runs", nargs="*", default=[], metavar="NAME=FOLDER", help="training runs to compare")
-    arguments = parser.parse_args()
-    try:
-        check_own_output(arguments.output)
-        training = [row for run in arguments.runs for row in convergence_over_training(run)]
-    except (DataError, OSError) as error:
-        print(f"{parser.prog}: {in_one_line(str(error))}", file=sys.stderr)
-        return 2
-    run_all(arguments, training)
-    return 0
+    parser.set_defaults(threads=1)
+    return run_benchmark(parser, run_all)
 
 
-def run_all(arguments: argparse.Namespace, training: Sequence[dict[str, Any]]) -> None:
+def run_all(arguments: argparse.Namespace) -> None:
     """Solve all draws, print and write the tables and plots."""
-    torch.set_num_threads(1)
+    training = [row for run in arguments.runs for row in convergence_over_training(run)]
     plan = [("random", seed) for seed in range(arguments.draws)]
     plan += [("adversarial", seed) for seed in range(arguments.adversarial)]
     families, seeds = zip(*plan, strict=True)

@@ -33,11 +33,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import check_own_output, count, default_output, threads, tolerance
+from measure import count, default_output, run_benchmark, threads, tolerance
 from torch import Tensor
 
 from deq_lm import DEQLMConfig, DEQLMForCausalLM
-from deq_lm.errors import DataError, in_one_line
 from deq_lm.evaluation.tables import markdown_table, write_json
 from deq_lm.suites.cost import count_flops
 
@@ -83,14 +82,8 @@ def main() -> int:
     parser.add_argument("--jobs", type=threads, default=1, help="cells at a time, one thread each; default: 1")
     parser.add_argument("--lr", type=tolerance, default=4e-3, help="learning rate; default: 4e-3")
     parser.add_argument("--seed", type=count, default=1, help="of weights and streams; default: 1")
-    arguments = parser.parse_args()
-    try:
-        check_own_output(arguments.output)
-    except (DataError, OSError) as error:
-        print(f"{parser.prog}: {in_one_line(str(error))}", file=sys.stderr)
-        return 2
-    run_all(arguments)
-    return 0
+    parser.set_defaults(threads=1)
+    return run_benchmark(parser, run_all)
 
 
 def run_all(arguments: argparse.Namespace) -> None:

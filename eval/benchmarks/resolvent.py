@@ -26,13 +26,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measure import check_own_output, count, default_output, device, interleaved_medians, threads
+from measure import count, default_output, device, interleaved_medians, run_benchmark, threads
 from torch import Tensor
 
 from deq_lm.cells import MonotoneCell, MonotoneConfig
 from deq_lm.cells.causal_operator import CausalOperator, CausalResolvent
 from deq_lm.cells.proximal_map import ProximalMap
-from deq_lm.errors import DataError, in_one_line
 from deq_lm.evaluation.tables import markdown_table, write_json
 from deq_lm.solvers import PeacemanRachford, StoppingRule, solve
 
@@ -170,20 +169,12 @@ def main() -> int:
     parser.add_argument("--rounds", type=count, default=5, help="interleaved rounds behind each median; default: 5")
     parser.add_argument("--threads", type=threads, default=1, help="CPU threads; default: 1")
     parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
-    arguments = parser.parse_args()
-    try:
-        check_own_output(arguments.output)
-    except (DataError, OSError) as error:
-        print(f"{parser.prog}: {in_one_line(str(error))}", file=sys.stderr)
-        return 2
-    run_all(arguments)
-    return 0
+    return run_benchmark(parser, run_all)
 
 
 @torch.no_grad()
 def run_all(arguments: argparse.Namespace) -> None:
     """Time all forms, print and write the tables."""
-    torch.set_num_threads(arguments.threads)
     medians = partial(interleaved_medians, rounds=arguments.rounds, device=arguments.device)
     tables = {
         "whole solve": list(whole_solves(medians, arguments.device)),
