@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_leaves
 Part = Literal["activations", "solver", "output_layer", "gradients", "embedding", "rest"]
 """What a tensor is for.
 
-activations: made by a cell or embedding while autograd records, so kept for a backward pass or recomputed in one.
+activations: made by a cell, an embedding or a backward pass while autograd records, so kept for a backward pass or
+    recomputed in one.
 solver: made by a solver: its states and what it remembers of them.
 output_layer: made by the output layer: hidden states cut to chunks, logits, their losses.
 gradients: as the caller says by `LiveBytes.mark`.
@@ -104,14 +105,18 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 def _part() -> Part:
-    """Of a tensor made now, by the innermost function of the package, this folder left out."""
-    frame = sys._getframe(2)
+    """Of a tensor made now, by the innermost function of the package, this folder left out.
+
+    Without one it is nobody's in particular: on a GPU, autograd runs the operations of a backward pass in a thread of its
+    own, where no function is.
+    """
+    recorded: Part = "activations" if torch.is_grad_enabled() else "rest"
+    frame = sys._getframe()
     while frame is not None:
         file = frame.f_code.co_filename
         if file.startswith(_PACKAGE):
             folder = file.removeprefix(_PACKAGE).partition("/")[0]
             if folder != Path(__file__).parent.name:
-                recorded: Part = "activations" if torch.is_grad_enabled() else "rest"
                 return _PART_OF_FOLDER.get(folder, recorded)
         frame = frame.f_back
-    return "rest"
+    return recorded

@@ -46,7 +46,7 @@ class Lattice:
         """A lattice for states like z0 and f(z0), (B, L, ...). The quantum of a unit looks at what the unit may see."""
         magnitude = torch.maximum(unit_magnitude(z0.detach(), scope), unit_magnitude(image.detach(), scope))
         exponent = torch.frexp(magnitude.cummax(dim=1).values.double()).exponent - FRACTION_BITS[z0.dtype]
-        quantum = torch.ldexp(torch.ones_like(exponent, dtype=torch.float64), exponent)
+        quantum = torch.exp2(exponent.double())  # exactly, where `ldexp` takes a power that a GPU may round
         return cls(quantum.reshape(*quantum.shape, *(1,) * (z0.dim() - 2)), relaxation)
 
     def place(self, z: Tensor) -> Tensor:

@@ -62,18 +62,25 @@ class SecantHistory:
     def products(self, ring: int, vector: Tensor) -> Tensor:
         """Inner products of every stored row of a ring with a vector (B, U, N), in each unit by itself: (B, U, m)."""
         rows = self.rings[ring][: self._stored]
-        if vector.device.type == "cpu":  # row by row: the BLAS is several times slower on matrices so flat
+        if self._row_by_row(rows, vector):
             return torch.stack([(row * vector).sum(dim=-1) for row in rows], dim=-1)
-        return (vector[:, :, None, :] @ rows.to(vector.dtype).permute(1, 2, 3, 0)).squeeze(2)
+        return (vector[:, :, None, :] @ rows.permute(1, 2, 3, 0)).squeeze(2)
 
     def combine_(self, out: Tensor, ring: int, coefficients: Tensor) -> Tensor:
         """Add sum_j coefficients_j row_j to `out`, (B, U, N), in place, for coefficients (B, U, m)."""
         rows = self.rings[ring][: self._stored]
-        if out.device.type == "cpu":
+        if self._row_by_row(rows, out):
             for row, coefficient in zip(rows, coefficients.unbind(dim=-1), strict=True):
                 out.addcmul_(row, coefficient[..., None])
             return out
-        return out.add_((coefficients[:, :, None, :] @ rows.to(out.dtype).permute(1, 2, 0, 3)).squeeze(2))
+        return out.add_((coefficients[:, :, None, :] @ rows.permute(1, 2, 0, 3)).squeeze(2))
+
+    @staticmethod
+    def _row_by_row(rows: Tensor, vector: Tensor) -> bool:
+        """Rather than by a matrix product: a CPU's is several times slower on matrices so flat, and one of rows in half
+        precision would need all of them widened at once.
+        """
+        return vector.device.type == "cpu" or rows.dtype != vector.dtype
 
     def oldest_first(self, tensor: Tensor, num_axes: int = 1) -> Tensor:
         """Reorder the last `num_axes` axes of a small tensor from slots to oldest-first."""

@@ -31,6 +31,8 @@ def try_random_state(numbers: Mapping[str, Any], tensors: Mapping[str, Tensor]) 
     kind, *rest = numbers["numpy"]
     np.random.RandomState().set_state((kind, tensors["random.numpy"].numpy(), *rest))
     torch.Generator().set_state(tensors["random.torch"])
+    if "random.cuda" in tensors and torch.cuda.is_available():
+        torch.Generator("cuda").set_state(tensors["random.cuda"])
 
 
 def set_random_state(numbers: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:

@@ -10,7 +10,7 @@ from deq_lm.adjoints import Implicit
 from deq_lm.cells import Memory, TransformerXLCell, TransformerXLConfig
 from deq_lm.equilibrium import Equilibrium
 from deq_lm.evaluation.peak_memory import peak_live_bytes, saved_bytes
-from deq_lm.regularizers import jacobian_frobenius
+from deq_lm.regularizers import jacobian_frobenius, jacobian_penalty
 from deq_lm.solvers import Picard, StoppingRule
 
 BATCH, LENGTH, WIDTH, INNER = 2, 40, 16, 1024
@@ -47,6 +47,23 @@ def test_values_are_those_without_to_the_bit_and_gradients_to_rounding(variant: 
     assert torch.equal(results[0][0], results[1][0])
     for a, b in zip(*results, strict=True):  # a sum over all rows is one of sums over chunks
         torch.testing.assert_close(a, b, rtol=0, atol=1e-13 * a.abs().max().item() if "ffn_chunks" in variant else 0)
+
+
+def test_the_jacobian_penalty_recomputes_attention_by_the_kernel_it_was_computed_by(monkeypatch):
+    """On a GPU others would be chosen for the second pass, which save other tensors and have no second derivative."""
+    fused = []
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def noted(*arguments, **options) -> Tensor:
+        kernels = torch.backends.cuda
+        fused.append(kernels.mem_efficient_sdp_enabled() or kernels.flash_sdp_enabled() or kernels.cudnn_sdp_enabled())
+        return attention(*arguments, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noted)
+    cell = make(recompute="block")
+    jacobian_penalty(cell.bind(states(2).requires_grad_()), states(1)).backward()
+    assert len(fused) > BATCH  # those of the second pass, too
+    assert not any(fused)
 
 
 @every_variant

@@ -226,3 +226,9 @@ def test_a_tokenizer_is_saved_with_what_generation_needs(folder, tmp_path):
     tokenizer.save_pretrained(tmp_path / "saved")
     loaded = AutoTokenizer.from_pretrained(tmp_path / "saved")
     assert (loaded.padding_side, loaded.bos_token, loaded.pad_token) == ("left", "<|endoftext|>", "<|endoftext|>")
+
+
+def test_a_tokenizer_whose_package_is_not_installed_is_an_error_that_says_so(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with pytest.raises(DataError, match="pip install sentencepiece"):
+        prepare_into(DataConfig("text", "sentencepiece", 294, str(folder)), folder / "out")

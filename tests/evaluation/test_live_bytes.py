@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import operator
+from _thread import start_new_thread
+from functools import partial
+from threading import Event
+
 import pytest
 import torch
 
@@ -11,7 +16,7 @@ from deq_lm.solvers import Broyden, StoppingRule, solve
 
 def test_tensors_of_before_do_not_count_and_freed_ones_no_longer():
     before = torch.zeros(1000)
-    with LiveBytes() as meter:
+    with torch.no_grad(), LiveBytes() as meter:
         view = before.view(10, 100)
         first = view + 1  # 4000 bytes
         del first
@@ -23,11 +28,11 @@ def test_tensors_of_before_do_not_count_and_freed_ones_no_longer():
 
 
 def test_what_a_solver_makes_is_the_solvers_and_what_f_makes_is_not():
-    weight = 0.1 * torch.eye(8)
+    weight, start = 0.1 * torch.eye(8), torch.zeros(2, 4, 8)
     with LiveBytes() as meter:
         solve(
             lambda z: torch.tanh(z @ weight + 1.0),
-            torch.zeros(2, 4, 8),
+            start,
             solver=Broyden(history_size=3),
             stopping=StoppingRule.fixed(5),
         )
@@ -38,7 +43,7 @@ def test_what_a_solver_makes_is_the_solvers_and_what_f_makes_is_not():
 
 
 def test_a_marked_tensor_moves_and_is_freed_from_where_it_moved():
-    with LiveBytes() as meter:
+    with torch.no_grad(), LiveBytes() as meter:
         gradient = torch.zeros(100)
         meter.mark(gradient, "gradients")
         other = torch.zeros(50)
@@ -56,3 +61,13 @@ def test_a_limit_is_out_of_memory():
         LiveBytes(limit_bytes=3999),
     ):
         torch.zeros(1000)
+
+
+def test_an_operation_in_a_thread_without_functions_counts_by_whether_it_is_recorded():
+    """There autograd runs the operations of a backward pass on a GPU."""
+    meter, results, done = LiveBytes(), [], Event()
+    operation = partial(meter.__torch_dispatch__, torch.ops.aten.zeros.default, (), ([100],))
+    calls = [operation, partial(torch._C._set_grad_enabled, False), operation, operation, done.set]
+    start_new_thread(results.extend, (map(operator.call, calls),))  # nothing of it is written in Python
+    assert done.wait(timeout=10)
+    assert dict(meter.most) == {"activations": 400, "rest": 800}

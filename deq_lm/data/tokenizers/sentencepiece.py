@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-import sentencepiece
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from deq_lm.errors import DataError
+
+if TYPE_CHECKING:
+    import sentencepiece
 
 EOS = "<|endoftext|>"
 UNKNOWN = "<|unknown|>"  # has an id because the model wants one; no text is encoded to it
@@ -32,8 +35,15 @@ def train(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
         vocab_size: entries, with 256 bytes, the newline and the end-of-text token.
 
     Raises:
-        DataError: SentencePiece cannot make that many, or that few, pieces of this text; carries its reason.
+        DataError: SentencePiece cannot make that many, or that few, pieces of this text; carries its reason;
+            or it is not installed.
     """
+    try:
+        import sentencepiece
+    except ImportError as error:
+        raise DataError(
+            "tokenizer sentencepiece: its package is not installed: pip install sentencepiece. Or choose bpe."
+        ) from error
     written = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
