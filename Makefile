@@ -13,7 +13,7 @@ SCALING := eval/results/scaling eval/results/ablations/evaluation_equilibrium_?.
 CELLS := eval/results/demo_cpu.json eval/results/demo_cpu_monotone.json eval/results/demo_cpu_multiscale.json eval/results/cells
 
 .DEFAULT_GOAL := help
-.PHONY: help demo report test test-oldest test-slow lint audit clean
+.PHONY: help demo report test test-oldest test-slow test-gpu lint audit clean
 
 help:            ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -48,6 +48,9 @@ test-oldest:   ## the model, on the oldest supported transformers, in an environ
 
 test-slow: $(READY)   ## the minutes-long tests
 	$(BIN)/python -m pytest -m slow
+
+test-gpu: $(READY)   ## on a GPU, the tests that need one (under a minute)
+	$(BIN)/python -m pytest -n 0 tests/gpu
 
 lint: $(READY)   ## style, types and layering
 	$(BIN)/ruff check .

@@ -107,25 +107,21 @@ def steps(tmp_path: Path, device: torch.device, *overrides: str) -> list[StepMem
         )
 
 
-def test_the_memory_of_a_step_is_that_of_the_cpu_and_does_not_grow_with_evaluations(tmp_path, monkeypatch):
+def test_the_memory_of_a_step_is_that_of_the_cpu(tmp_path, monkeypatch):
     on_gpu = steps(tmp_path, DEVICE)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    on_cpu = steps(tmp_path, CPU)
-    few, many = on_gpu
-    assert many.most_activations == few.most_activations
-    assert few.allocated is not None
-    assert many.allocated is not None
-    assert many.allocated <= 1.02 * few.allocated
-    for ours, theirs in zip(on_gpu, on_cpu, strict=True):
+    for ours, theirs in zip(on_gpu, steps(tmp_path, CPU), strict=True):
         assert ours.most_activations == pytest.approx(theirs.most_activations, rel=0.02)
-        assert ours.most_solver <= 1.25 * theirs.most_solver
+        assert ours.most_solver <= 1.25 * theirs.most_solver  # products of many vectors at once, not one by one
 
 
-def test_the_memory_of_an_unrolled_step_grows(tmp_path):
-    few, many = steps(tmp_path, DEVICE, *UNROLLED)
-    assert few.allocated is not None
-    assert many.allocated is not None
-    assert many.allocated > 1.5 * few.allocated
+def test_what_the_allocator_gives_grows_with_layers_and_not_with_evaluations(tmp_path):
+    few, many = steps(tmp_path, DEVICE)
+    few_layers, many_layers = steps(tmp_path, DEVICE, *UNROLLED)
+    activations = many_layers.most_activations - few_layers.most_activations
+    assert many.most_activations == few.most_activations
+    assert many_layers.allocated - few_layers.allocated > 0.8 * activations
+    assert many.allocated - few.allocated < 0.05 * activations  # a residual a step
 
 
 def call(monkeypatch, *arguments: str) -> None:

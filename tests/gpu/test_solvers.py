@@ -79,7 +79,8 @@ def test_a_solve_is_that_of_the_cpu(solver: FixedPointSolver):
     on_cpu, on_gpu = solutions
     assert on_gpu.z.device.type == DEVICE.type
     assert on_gpu.outcome.tolist() == on_cpu.outcome.tolist() == [Outcome.CONVERGED] * BATCH
-    assert (on_gpu.num_evaluations.cpu() - on_cpu.num_evaluations).abs().max() <= 1  # near the tolerance
+    slack = 5 if getattr(solver, "half_precision_history", False) else 2  # rounding tells where a tolerance is near
+    assert (on_gpu.num_evaluations.cpu() - on_cpu.num_evaluations).abs().max() <= slack
     torch.testing.assert_close(on_gpu.z.cpu(), on_cpu.z, rtol=0, atol=1e-7)
 
 
