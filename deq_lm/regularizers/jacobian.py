@@ -65,15 +65,17 @@ class _Penalty(torch.autograd.Function):
         f = f.with_inputs(leaves)
         value, gradients = z.new_zeros(()), [torch.zeros_like(tensor) for tensor in inputs]
         size = math.ceil(len(z) / PENALTY_PARTS)
-        for start in range(0, len(z), size):
-            part = slice(start, start + size)
-            with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # also for what is recomputed in the second pass
-                of_part = jacobian_frobenius(f.select(part), z[part]) * (len(z[part]) / len(z))
-                of_leaves = torch.autograd.grad(of_part, leaves, allow_unused=True)
-            value += of_part.detach()
-            for gradient, own in zip(gradients, of_leaves, strict=True):
-                if own is not None:
-                    gradient += own
+        with sdpa_kernel(SDPBackend.MATH):  # also for what is recomputed in the second pass
+            for start in range(0, len(z), size):
+                part = slice(start, start + size)
+                with torch.enable_grad():
+                    of_part = jacobian_frobenius(f.select(part), z[part]) * (len(z[part]) / len(z))
+                value += of_part.detach()
+                for gradient, own in zip(
+                    gradients, torch.autograd.grad(of_part, leaves, allow_unused=True), strict=True
+                ):
+                    if own is not None:
+                        gradient += own
         ctx.save_for_backward(*gradients)
         return value
 
