@@ -160,7 +160,7 @@ def test_a_run_trains_and_reports(monkeypatch, tmp_path, precision):
     assert lines[-1]["loss"] < lines[0]["loss"]
     assert lines[-1]["device_peak_bytes"] > 0
     report = json.loads((tmp_path / "a" / "run" / "final" / "evaluation.json").read_text("utf-8"))
-    assert len(report["gpus"]) == torch.cuda.device_count() > 0
+    assert len(report["environment"]["gpus"]) == torch.cuda.device_count() > 0
     assert report["precision"] == "float32"
     assert report["causality"]["max_change_nats"] < 1e-3
     assert report["memory"][1]["equilibrium_bytes"] == report["memory"][0]["equilibrium_bytes"]
