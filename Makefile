@@ -10,6 +10,8 @@ OF_NEWEST := transformers|tokenizers|huggingface_hub|hf-xet|httpcore2|httpx2|cli
 
 COMPARED := eval/results/compare_wikipedia eval/results/peak_memory_published.json eval/results/ablations/evaluation_unrolled_regularized_lr_8_?.json
 SCALING := eval/results/scaling eval/results/ablations/evaluation_equilibrium_?.json eval/results/ablations/evaluation_unrolled_regularized_lr_8_?.json eval/results/ablations/evaluation_untied_?.json eval/results/ablations/evaluation_unrolled_2_regularized_lr_8_?.json
+DEPTH := eval/results/depth
+GPU := eval/results/gpu
 CELLS := eval/results/demo_cpu.json eval/results/demo_cpu_monotone.json eval/results/demo_cpu_multiscale.json eval/results/cells
 
 .DEFAULT_GOAL := help
@@ -33,6 +35,8 @@ report: $(READY) ## eval/report, ABLATIONS.md, CELLS.md and the numbers of the R
 	$(BIN)/python eval/report.py eval/results/ablations --notes eval/results/ablations/notes.yaml \
 	    --markdown eval/results/ABLATIONS.md --title "What the equilibrium's loss depends on"
 	$(BIN)/python eval/report.py $(SCALING) --output eval/report/scaling --title "Loss by size, tokens and operations"
+	$(BIN)/python eval/report.py $(DEPTH) --output eval/report/depth --title "How many layers a longer training needs"
+	$(BIN)/python eval/report.py $(GPU) --output eval/report/gpu --title "Eighteen million parameters on one GPU"
 	$(BIN)/python eval/report.py $(CELLS) --markdown eval/results/CELLS.md --title "Three cells on the demo's text"
 	$(BIN)/python scripts/fill_readme.py
 

@@ -100,14 +100,15 @@ def test_the_demo_says_whether_it_beats_the_bigram():
 def test_the_committed_report_is_of_the_committed_results(tmp_path):
     """As `make report` makes it; plots aside, which another version of matplotlib may draw otherwise."""
     makefile = (ROOT / "Makefile").read_text("utf-8")
-    lists = dict(re.findall(r"^(COMPARED|SCALING|CELLS) := (.+)$", makefile, flags=re.MULTILINE))
+    lists = dict(re.findall(r"^([A-Z]+) := (eval/results.+)$", makefile, flags=re.MULTILINE))
     titles = dict(re.findall(r'--(?:output|markdown) (\S+) --title "(.+)"', makefile))
 
     def measured(name: str) -> Measurements:
         return read_measurements([path for place in lists[name].split() for path in sorted(ROOT.glob(place))])
 
     published = read_published(ROOT / "eval/reference/published.yaml")
-    for name, folder in (("COMPARED", "eval/report"), ("SCALING", "eval/report/scaling")):
+    folders = {"COMPARED": "eval/report"} | {name: f"eval/report/{name.lower()}" for name in ("SCALING", "DEPTH", "GPU")}
+    for name, folder in folders.items():
         made = tmp_path / name
         write_report(measured(name), published, made, title=titles[folder])
         for file in ("report.md", "tables.json"):

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from deq_lm.evaluation import EvaluationResult, compare, model_name
 from deq_lm.evaluation.records import Record
 from deq_lm.reporting.headline import headline_rows
+from deq_lm.reporting.learning import device_memory_rows, validation_rows
 from deq_lm.reporting.measurements import Measurements
 from deq_lm.reporting.plots import PLOTS
 from deq_lm.reporting.published import Published
@@ -18,7 +19,7 @@ from deq_lm.reporting.scale import ScalePoint, families
 from deq_lm.reporting.solves import budget_rows, gradient_rows, guarantee_rows, two_start_rows
 from deq_lm.reporting.table import Row, Table, in_units, number, ratio
 from deq_lm.structure import differences
-from deq_lm.suites import DECIDES_NO_WEIGHT, ConvergenceResult, CostResult, MemoryResult
+from deq_lm.suites import DECIDES_NO_WEIGHT, ConvergenceResult, CostResult, LearningResult, MemoryResult
 from deq_lm.suites.gradient_error import CLOSE
 
 
@@ -225,9 +226,18 @@ def _scale(measurements: Measurements) -> Section | None:
 
 
 def _learning(measurements: Measurements) -> Section | None:
-    plots = _plots(measurements, "learning_curves")
-    text = "Seconds are steps times the time of one, measured in turns: runs may have shared their machine."
-    return Section("Learning", [text], (), plots) if plots else None
+    results = measurements.of(LearningResult)
+    if not results:
+        return None
+    text = (
+        "Seconds are steps times the time of one, measured in turns: runs may have shared their machine. Validation losses "
+        "are of the part of the validation text that the recipe scores during training; a dash is a run that ended before."
+    )
+    tables = [
+        Table("validation loss, nats per token, after so many tokens", validation_rows(results)),
+        Table("most memory allocated on the GPU", device_memory_rows(results)),
+    ]
+    return Section("Learning", [text], [table for table in tables if table.rows], _plots(measurements, "learning_curves"))
 
 
 def _compute(measurements: Measurements) -> Section | None:

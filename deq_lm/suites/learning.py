@@ -26,6 +26,7 @@ class LearningPoint:
         solver_residual: median of the relative residuals; None likewise.
         adjoint_residual: of the adjoint solves, likewise.
         grad_norm: of the last step, before clipping.
+        device_peak_bytes: the most that torch allocated on its GPU in these steps; None without a GPU.
     """
 
     step: int
@@ -36,6 +37,7 @@ class LearningPoint:
     solver_residual: float | None
     adjoint_residual: float | None
     grad_norm: float | None
+    device_peak_bytes: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,4 +118,4 @@ def read_learning(suite: str, subject: Subject) -> LearningResult:
     )
 
 
-_COPIED = ("solver_evaluations", "solver_residual", "adjoint_residual", "grad_norm")
+_COPIED = ("solver_evaluations", "solver_residual", "adjoint_residual", "grad_norm", "device_peak_bytes")

@@ -15,11 +15,12 @@ import torch
 from deq_lm.errors import ConfigError, DataError
 from deq_lm.evaluation import DocumentLosses, EvaluationResult, read_record, write_record
 from deq_lm.reporting import headline_rows, read_measurements, read_published, write_report
+from deq_lm.reporting.learning import device_memory_rows, validation_rows
 from deq_lm.reporting.measurements import Measurements
 from deq_lm.suites.config import ConvergenceSettings, CostSettings, MemorySettings
 from deq_lm.suites.convergence import measure_convergence
 from deq_lm.suites.cost import measure_cost
-from deq_lm.suites.learning import read_learning
+from deq_lm.suites.learning import ValidationPoint, read_learning
 from deq_lm.suites.memory import measure_memory
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -65,6 +66,39 @@ def test_a_report_of_everything_has_every_section_and_plot(results, tmp_path):
     for title in titles:
         assert f"<h2>{title}</h2>" in page(tmp_path)
         assert f"## {title}" in markdown
+
+
+def test_validation_losses_are_by_tokens_and_the_mean_of_runs_that_have_got_so_far(subjects):
+    result = read_learning("tiny", subjects[0])
+    per_step = result.recipe["training"]["batch_size"] * result.recipe["training"]["segment_length"]
+    runs = [
+        replace(result, model=name, validation=tuple(ValidationPoint(step=step, nats_per_token=loss) for step, loss in points))
+        for name, points in [
+            ("long", [(1_000, 5.0), (2_000, 4.0)]),
+            ("long", [(1_000, 6.0), (2_000, None)]),
+            ("short", [(1_000, 5.25)]),
+        ]
+    ]
+    first, last = (f"{steps * per_step / 1e6:.3g} M" for steps in (1_000, 2_000))
+    assert validation_rows(runs) == [
+        {"model": "long", first: "5.500", last: "-"},
+        {"model": "short", first: "5.250", last: "-"},
+    ]
+    many = replace(result, validation=tuple(ValidationPoint(step=1_000 * k, nats_per_token=1.0) for k in range(1, 20)))
+    (row,) = validation_rows([many])
+    assert list(row)[1:] == [f"{1_000 * k * per_step / 1e6:.3g} M" for k in (1, 4, 7, 10, 13, 16, 19)]
+    assert validation_rows([replace(result, validation=())]) == []
+
+
+def test_the_memory_of_a_gpu_is_the_most_of_all_runs_and_steps_and_missing_without_one(subjects):
+    result = read_learning("tiny", subjects[0])
+    assert device_memory_rows([result]) == []
+    allocated = [(1_500_000_000, 2_000_000_000), (1_000_000_000, 500_000_000)]
+    runs = [
+        replace(result, model=name, training=tuple(replace(result.training[0], device_peak_bytes=peak) for peak in peaks))
+        for name, peaks in zip(["a", "b"], allocated, strict=True)
+    ]
+    assert [row["allocated"] for row in device_memory_rows([*runs, runs[0]])] == ["2.0 GB (1.00x)", "1.0 GB (0.50x)"]
 
 
 def test_models_of_one_size_and_several_budgets_of_tokens_are_shown_by_scale(results, tmp_path):
