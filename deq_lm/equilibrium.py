@@ -90,6 +90,7 @@ class Equilibrium(nn.Module):
         adjoint: Adjoint | None = None,
         num_unrolled_steps: int | None = None,
         estimate_jacobian: bool = False,
+        power_iterations: int | None = None,
     ) -> SegmentOutput:
         """Solve one segment.
 
@@ -105,6 +106,7 @@ class Equilibrium(nn.Module):
             num_unrolled_steps: run this many plain evaluations and backpropagate through them instead (shallow
                 pretraining).
             estimate_jacobian: also estimate the Jacobian's norm at z*, to be added to the loss.
+            power_iterations: of that estimate, see `jacobian_penalty`.
 
         Raises:
             ValueError: if solves by the solver cannot be differentiated by `adjoint`.
@@ -131,7 +133,7 @@ class Equilibrium(nn.Module):
             state = solution.image
         state = state.to(x.dtype)
         output = self.cell.read_out(state)
-        jacobian = jacobian_penalty(f, solution.z) if estimate_jacobian else None
+        jacobian = jacobian_penalty(f, solution.z, power_iterations=power_iterations) if estimate_jacobian else None
         if sliding:
             return SegmentOutput(output, None, solution, jacobian, self.cell.keep(f, state, x, memory))
         assert memory is None or isinstance(memory, Memory)

@@ -48,7 +48,8 @@ class DEQLMOutput(ModelOutput):
         target_nats: of each target, 0 where it is not scored, (B, L), if asked for.
         memory: for the next segment.
         solution: facts of the forward solve; None from a stack, which has none.
-        jacobian: squared Frobenius norm of df/dz at z* per entry, estimated and differentiable, if asked for.
+        jacobian: squared Frobenius norm of df/dz at z* per entry, or its squared spectral norm, estimated and
+            differentiable, if asked for.
     """
 
     loss: Tensor | None = None
@@ -195,6 +196,7 @@ class DEQLMModel(DEQLMPreTrainedModel):
         adjoint: Adjoint | None = None,
         num_unrolled_steps: int | None = None,
         estimate_jacobian: bool = False,
+        power_iterations: int | None = None,
         output_hidden_states: bool | None = None,
     ) -> DEQLMOutput:
         """Arguments and errors as `DEQLMForCausalLM.forward`; without loss and logits."""
@@ -233,6 +235,7 @@ class DEQLMModel(DEQLMPreTrainedModel):
             adjoint=adjoint,
             num_unrolled_steps=num_unrolled_steps,
             estimate_jacobian=estimate_jacobian,
+            power_iterations=power_iterations,
         )
         if key_mask is not None:
             segment = replace(
@@ -307,6 +310,7 @@ class DEQLMForCausalLM(EquilibriumGenerationMixin, DEQLMPreTrainedModel):
         adjoint: Adjoint | None = None,
         num_unrolled_steps: int | None = None,
         estimate_jacobian: bool = False,
+        power_iterations: int | None = None,
         return_logits: bool = True,
         return_target_nats: bool = False,
         logits_to_keep: int | Tensor = 0,
@@ -332,6 +336,7 @@ class DEQLMForCausalLM(EquilibriumGenerationMixin, DEQLMPreTrainedModel):
             adjoint: overrides the configured adjoint.
             num_unrolled_steps: plain evaluations to run and backpropagate through instead of the solve.
             estimate_jacobian: also give `DEQLMOutput.jacobian`, for a regularized loss.
+            power_iterations: of that estimate; None is of the Frobenius norm, and 1 or more of the spectral norm.
             return_logits: False saves their memory; the loss is computed in chunks either way.
             return_target_nats: also give `DEQLMOutput.target_nats`, of targets or labels.
             logits_to_keep: only the logits of this many last positions, 0 is all; or indices of the positions, (K,) int64.
@@ -376,6 +381,7 @@ class DEQLMForCausalLM(EquilibriumGenerationMixin, DEQLMPreTrainedModel):
             adjoint=adjoint,
             num_unrolled_steps=num_unrolled_steps,
             estimate_jacobian=estimate_jacobian,
+            power_iterations=power_iterations,
             output_hidden_states=output_hidden_states,
         )
         state, embedding, scores = hidden.last_hidden_state, self.model.embed_tokens, {}

@@ -164,18 +164,19 @@ def compute_gradient(
     settings = recipe.training
     # Streams are equally long and without padding, so every process has as many targets as this one.
     num_targets = accelerator.num_processes * sum(segment.targets.numel() for segment in segments)
-    probability = settings.jacobian.probability if settings.jacobian is not None and plan.jacobian_weight else 0.0
+    jacobian = settings.jacobian if plan.jacobian_weight else None
     nll_nats = torch.zeros((), device=accelerator.device)
     memory, measured = state.memory, dict[str, list[Tensor]]()
     for i, segment in enumerate(segments):
         # between segments nothing is exchanged; the last backward pass averages the gradient over the processes
-        regularize = probability > 0 and random.random() < probability  # noqa: S311
+        regularize = jacobian is not None and random.random() < jacobian.probability  # noqa: S311
         with nullcontext() if i == len(segments) - 1 else accelerator.no_sync(model):
             output = model(
                 segment.input_ids.to(accelerator.device),
                 targets=segment.targets.to(accelerator.device),
                 memory=None if segment.is_start else memory,
                 estimate_jacobian=regularize,
+                power_iterations=None if jacobian is None else jacobian.power_iterations,
                 return_logits=False,
                 **plan.arguments(),
             )
