@@ -38,10 +38,11 @@ def states(seed: int, length: int = LENGTH) -> Tensor:
     return torch.randn(BATCH, length, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.parametrize("gate", [None, "highway"])
 @every_variant
-def test_values_are_those_without_to_the_bit_and_gradients_to_rounding(variant: dict):
+def test_values_are_those_without_to_the_bit_and_gradients_to_rounding(variant: dict, gate: str | None):
     results = []
-    for cell in (make(dropout=0.3), make(dropout=0.3, **variant)):
+    for cell in (make(dropout=0.3, gate=gate), make(dropout=0.3, gate=gate, **variant)):
         torch.manual_seed(1)  # of the dropout masks
         z, x = states(1).requires_grad_(), states(2).requires_grad_()
         image = cell.bind(x, Memory(states(3, 4), states(4, 4)))(z)
