@@ -17,6 +17,7 @@ from deq_lm.cells.memory import Memory, Past
 from deq_lm.equilibrium import Equilibrium
 from deq_lm.heads import LinearHead
 from deq_lm.heads.base import SelfInitialized
+from deq_lm.learned_start import LearnedStart
 from deq_lm.modeling.builders import (
     build_adjoint,
     build_cell,
@@ -50,6 +51,7 @@ class DEQLMOutput(ModelOutput):
         solution: facts of the forward solve; None from a stack, which has none.
         jacobian: squared Frobenius norm of df/dz at z* per entry, or its squared spectral norm, estimated and
             differentiable, if asked for.
+        start_error: of a learned start, where gradients are recorded; to be added to the loss, see `LearnedStart`.
     """
 
     loss: Tensor | None = None
@@ -63,6 +65,7 @@ class DEQLMOutput(ModelOutput):
     memory: Memory | None = None
     solution: Solution | None = None
     jacobian: Tensor | None = None
+    start_error: Tensor | None = None
 
 
 class DEQLMPreTrainedModel(PreTrainedModel):
@@ -120,9 +123,9 @@ class DEQLMPreTrainedModel(PreTrainedModel):
                 loaded = [p for p in module.parameters() if getattr(p, "_is_hf_initialized", False)]
                 if len(loaded) < len(list(module.parameters())):
                     values = [parameter.clone() for parameter in loaded]
-                    for cell in module.modules():
-                        if isinstance(cell, Cell):
-                            cell.reset_parameters()
+                    for part in module.modules():
+                        if isinstance(part, Cell | LearnedStart):
+                            part.reset_parameters()
                     for parameter, value in zip(loaded, values, strict=True):
                         parameter.copy_(value)
         super().initialize_weights()
@@ -167,6 +170,7 @@ class DEQLMModel(DEQLMPreTrainedModel):
                 if config.evaluation_stopping is None
                 else build_stopping(config.evaluation_stopping, "model.evaluation_stopping"),
                 adjoint=build_adjoint(config.adjoint, "model.adjoint"),
+                learned_start=None if config.start is None else LearnedStart(config.d_model),
             )
         # The library's protocol: what must stay on one device, and an FSDP unit. It holds a whole solve.
         self._no_split_modules = [type(self.layers).__name__]
@@ -252,6 +256,7 @@ class DEQLMModel(DEQLMPreTrainedModel):
             memory=segment.memory,
             solution=segment.solution,
             jacobian=segment.jacobian,
+            start_error=segment.start_error,
         )
 
     def _stopping(self, stopping: StoppingRule | None, max_evaluations: int | None) -> StoppingRule | None:

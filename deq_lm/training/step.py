@@ -26,6 +26,9 @@ from deq_lm.training.faults import RETRY_BUDGET, Policy, find_faults, nan_as_inf
 from deq_lm.training.phases import StepPlan, plan_step
 from deq_lm.training.recipe import Recipe
 
+START_WEIGHT = 1.0e-2
+"""Of the learned start's own regression. Adam takes no notice, and the norm that clips the gradient hardly does."""
+
 MEMORY_OF_LOSS = 10
 """Steps that the running mean of the loss goes back over, against which a spike is seen."""
 
@@ -191,6 +194,8 @@ def compute_gradient(
             loss = output.nll_nats * (accelerator.num_processes / num_targets)
             if regularize:
                 loss = loss + output.jacobian * (plan.jacobian_weight / len(segments))
+            if output.start_error is not None:
+                loss = loss + output.start_error * (START_WEIGHT / len(segments))
             if teacher is not None:
                 with accelerator.autocast():
                     term, teacher_memory = teacher.term(
