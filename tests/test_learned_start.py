@@ -96,6 +96,8 @@ def test_nothing_but_the_start_learns_from_its_error_and_the_start_learns_from_n
     reached = torch.autograd.grad(segment.start_error, [x, layer.cell.module.map], allow_unused=True, retain_graph=True)
     assert reached == (None, None)
     assert all(gradient.any() for gradient in torch.autograd.grad(segment.start_error, list(start.parameters())))
+    error = LearnedStart.error(start(x), z := x.detach().requires_grad_())
+    assert torch.autograd.grad(error, z, allow_unused=True) == (None,)
     segment = layer(x)
     assert torch.autograd.grad(segment.output.sum(), list(start.parameters()), allow_unused=True) == (None, None)
 
@@ -149,9 +151,11 @@ def test_at_padding_the_start_is_zero_so_that_left_padding_changes_nothing():
     padded = torch.cat([torch.zeros(2, 4, dtype=torch.long), ids], dim=1)
     mask = (torch.arange(13) >= 4).long().expand(2, -1)
     with torch.no_grad():
-        found, expected = model(padded, mask, max_evaluations=3), model(ids, max_evaluations=3)
-    assert not found.solution.z[:, :4].any()
-    torch.testing.assert_close(found.logits[:, 4:], expected.logits, rtol=0, atol=1e-10)
+        for budget in (1, 3):
+            found, expected = (model(*tokens, max_evaluations=budget) for tokens in ((padded, mask), (ids,)))
+            assert not found.solution.z[:, :4].any()
+            assert found.solution.z[:, 4:].any()
+            torch.testing.assert_close(found.logits[:, 4:], expected.logits, rtol=0, atol=1e-10)
 
 
 def test_generation_with_a_cache_begins_there_too():
