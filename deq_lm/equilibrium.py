@@ -144,9 +144,8 @@ class Equilibrium(nn.Module):
         output = self.cell.read_out(state)
         jacobian = jacobian_penalty(f, solution.z, power_iterations=power_iterations) if estimate_jacobian else None
         start_error = None
-        if (
-            proposed is not None and torch.is_grad_enabled()
-        ):  # in shallow steps, too: no parameter is without a gradient
+        if proposed is not None and torch.is_grad_enabled():
+            # after shallow steps, too: parameters without a gradient would stop DDP
             start_error = LearnedStart.error(proposed, solution.z)
         segment = SegmentOutput(output, None, solution, jacobian, start_error)
         if sliding:
