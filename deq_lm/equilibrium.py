@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -12,6 +12,7 @@ from deq_lm.adjoints import Adjoint, Implicit, Unrolled
 from deq_lm.cells.base import Cell
 from deq_lm.cells.memory import Memory, Past, ProjectedMemory
 from deq_lm.cells.module_cell import ModuleCell
+from deq_lm.learned_start import LearnedStart
 from deq_lm.regularizers import jacobian_penalty
 from deq_lm.solvers import Broyden, FixedPointSolver, Picard, Solution, StoppingRule, solve
 
@@ -25,6 +26,7 @@ class SegmentOutput:
         memory: what the next segment may attend to; None if the cell keeps none, and after a sliding one.
         solution: the forward solve's facts, without gradient; None where nothing is solved.
         jacobian: `jacobian_penalty` at z*, if asked for.
+        start_error: `LearnedStart.error`, where there is one and gradients are recorded.
         past: what the next tokens may attend to, after a sliding segment.
     """
 
@@ -32,6 +34,7 @@ class SegmentOutput:
     memory: Memory | None
     solution: Solution | None
     jacobian: Tensor | None = None
+    start_error: Tensor | None = None
     past: ProjectedMemory | None = None
 
 
@@ -54,6 +57,7 @@ class Equilibrium(nn.Module):
         stopping: StoppingRule | None = None,
         evaluation_stopping: StoppingRule | None = None,
         adjoint: Adjoint | None = None,
+        learned_start: LearnedStart | None = None,
     ) -> None:
         """None takes the default of the class.
 
@@ -63,6 +67,7 @@ class Equilibrium(nn.Module):
             stopping: default `StoppingRule()`.
             evaluation_stopping: the rule in evaluation mode, default `stopping`.
             adjoint: default `Implicit()`.
+            learned_start: where solves begin; None is zero.
         """
         super().__init__()
         self.cell = cell if isinstance(cell, Cell) else ModuleCell(cell)
@@ -70,6 +75,7 @@ class Equilibrium(nn.Module):
         self.stopping = StoppingRule() if stopping is None else stopping
         self.evaluation_stopping = self.stopping if evaluation_stopping is None else evaluation_stopping
         self.adjoint = Implicit() if adjoint is None else adjoint
+        self.learned_start = learned_start
         self.adjoint_solution: Solution | None = None
         self.adjoint.check(self.solver)
 
@@ -90,6 +96,7 @@ class Equilibrium(nn.Module):
         adjoint: Adjoint | None = None,
         num_unrolled_steps: int | None = None,
         estimate_jacobian: bool = False,
+        power_iterations: int | None = None,
     ) -> SegmentOutput:
         """Solve one segment.
 
@@ -98,13 +105,14 @@ class Equilibrium(nn.Module):
             memory: of the segment before.
             key_mask: (B, L) bool, False at padding.
             sliding: see `Cell.bind`.
-            start: where the solve begins, of a shape that expands to that of the state; None is zero. The solution does
-                not depend on it, but for the tolerance.
+            start: where the solve begins, of a shape that expands to that of the state; None is the learned start, or
+                zero without one. The solution does not depend on it, but for the tolerance.
             stopping: overrides the rule of the current mode.
             adjoint: overrides `self.adjoint`; has to go with the solver.
             num_unrolled_steps: run this many plain evaluations and backpropagate through them instead (shallow
-                pretraining).
+                pretraining); they begin at `start` or zero.
             estimate_jacobian: also estimate the Jacobian's norm at z*, to be added to the loss.
+            power_iterations: of that estimate, see `jacobian_penalty`.
 
         Raises:
             ValueError: if solves by the solver cannot be differentiated by `adjoint`.
@@ -121,6 +129,9 @@ class Equilibrium(nn.Module):
         run = partial(solve, solver=solver, stopping=stopping)
         f = self.cell.bind(x, memory, key_mask, sliding=sliding)
         z0 = torch.zeros_like(self.cell.as_state(x), dtype=torch.promote_types(x.dtype, torch.float32))
+        proposed = self._proposed(x, key_mask)
+        if start is None and num_unrolled_steps is None:
+            start = proposed
         if start is not None:
             z0 = z0 + start.detach()
         if torch.is_grad_enabled():
@@ -131,11 +142,23 @@ class Equilibrium(nn.Module):
             state = solution.image
         state = state.to(x.dtype)
         output = self.cell.read_out(state)
-        jacobian = jacobian_penalty(f, solution.z) if estimate_jacobian else None
+        jacobian = jacobian_penalty(f, solution.z, power_iterations=power_iterations) if estimate_jacobian else None
+        start_error = None
+        if proposed is not None and torch.is_grad_enabled():
+            # after shallow steps, too: parameters without a gradient would stop DDP
+            start_error = LearnedStart.error(proposed, solution.z)
+        segment = SegmentOutput(output, None, solution, jacobian, start_error)
         if sliding:
-            return SegmentOutput(output, None, solution, jacobian, self.cell.keep(f, state, x, memory))
+            return replace(segment, past=self.cell.keep(f, state, x, memory))
         assert memory is None or isinstance(memory, Memory)
-        return SegmentOutput(output, self.cell.remember(f, state, x, memory), solution, jacobian)
+        return replace(segment, memory=self.cell.remember(f, state, x, memory))
+
+    def _proposed(self, x: Tensor, key_mask: Tensor | None) -> Tensor | None:
+        """The learned start, if there is one; at padding it is 0, which is the solution there."""
+        if self.learned_start is None:
+            return None
+        proposed = self.cell.as_state(self.learned_start(x))
+        return proposed if key_mask is None else proposed.masked_fill(~key_mask[..., None], 0.0)
 
     @property
     def current_stopping(self) -> StoppingRule:

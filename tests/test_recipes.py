@@ -16,6 +16,7 @@ from deq_lm.modeling import ParameterCount, build_config, count_parameters
 from deq_lm.modeling.configuration_deq_lm import ModelSettings
 from deq_lm.structure import build, to_mapping
 from deq_lm.training import train
+from deq_lm.training.distillation import DistillationConfig
 from deq_lm.training.phases import JacobianConfig, PhaseConfig
 from deq_lm.training.recipe import Recipe, load_recipe
 from deq_lm.training.strict_yaml import read_yaml
@@ -208,6 +209,8 @@ def test_the_sections_the_readme_shows_are_valid():
         section = yaml.safe_load(block)
         for phase in section.pop("phases", []):
             build(PhaseConfig, phase, "phases")
+        if "distillation" in section:
+            build(DistillationConfig, section.pop("distillation"), "distillation")
         if "jacobian" in section:
             jacobian = build(JacobianConfig, section.pop("jacobian"), "jacobian")
             weights = [jacobian.weight_at(step) for step in (0, 20_000, 30_000, 40_000, 50_000)]

@@ -16,6 +16,7 @@ from deq_lm.data.streams import ContiguousStreams
 from deq_lm.modeling import DEQLMForCausalLM, build_config
 from deq_lm.structure import build, to_mapping
 from deq_lm.training.checkpoint import TrainingState
+from deq_lm.training.distillation import load_teacher
 from deq_lm.training.identity import Identity, comparable_config
 from deq_lm.training.optimizer import make_optimizer
 from deq_lm.training.phases import comparable_phases
@@ -109,6 +110,7 @@ def write_corpus(folder: Path) -> Path:
 def make_state(recipe: Recipe, accelerator: Accelerator) -> tuple[TrainingState, Identity, Any]:
     """What `train` sets up before its first step: the state, its identity and the tokenizer."""
     corpus = prepare(recipe.data)
+    teacher = load_teacher(recipe.training.distillation, corpus.tokenizer, accelerator.device)
     streams = ContiguousStreams(
         corpus.splits["train"].tokens,
         num_streams=recipe.training.batch_size,
@@ -127,8 +129,9 @@ def make_state(recipe: Recipe, accelerator: Accelerator) -> tuple[TrainingState,
         corpus.fingerprint,
         accelerator.num_processes,
         comparable_phases(recipe.training.phases, recipe.training.num_schedule_steps),
+        teacher and teacher.sha256,
     )
-    return TrainingState(model, optimizer, schedule, streams), identity, corpus.tokenizer
+    return TrainingState(model, optimizer, schedule, streams, teacher=teacher), identity, corpus.tokenizer
 
 
 def leave_weights_alone(state: TrainingState) -> None:

@@ -32,7 +32,10 @@ class TransformerXLConfig(CellConfig):
             "pre": h = LN(z + attention(LN z)), f = h + ffn(h). The residual of the second half starts from the normalized
             value: with a plain residual stream, z + ..., the identity is part of f and its spectral radius is 1 or more.
         norm_attention: layer normalization of the attention vector, all heads together, before it is merged.
-        weight_norm: weight normalization of every linear map, computed once per solve.
+        gate: how a branch b of what h is joined to the carried c, in both halves: None as c + b, "highway" as
+            2 (g c + (1 - g) b) with g = sigmoid(W h + a) of each feature. W and a begin at 0, where that is c + b; they are
+            2 D (D + 1) more parameters. The input of injection "residual" is added as it is.
+        weight_norm: weight normalization of every linear map but those of gates, which begin at 0; computed once per solve.
         dropout: probability of the variational masks on the outputs of attention and feed-forward network, in [0, 1).
         injection: where x enters: "attention", as W_x x in queries, keys and values, which is the papers' way; "residual",
             as x itself in the first residual sum; "both"; "none" is a layer of an ordinary transformer, whose equilibrium
@@ -52,6 +55,7 @@ class TransformerXLConfig(CellConfig):
     d_inner: int = 512
     norm: Literal["post", "pre"] = "post"
     norm_attention: bool = False
+    gate: Literal["highway"] | None = None
     weight_norm: bool = False
     dropout: float = 0.0
     injection: Literal["attention", "residual", "both", "none"] = "attention"
@@ -71,6 +75,8 @@ class TransformerXLConfig(CellConfig):
             )
         if self.norm not in ("post", "pre"):
             raise ValueError(f"norm={self.norm!r}: expected 'post' or 'pre'.")
+        if self.gate not in (None, "highway"):
+            raise ValueError(f"gate={self.gate!r}: expected 'highway', or None for plain residual sums.")
         if self.injection not in ("attention", "residual", "both", "none"):
             raise ValueError(f"injection={self.injection!r}: expected 'attention', 'residual', 'both' or 'none'.")
         if self.recompute not in ("none", "feed_forward", "block"):
@@ -101,6 +107,8 @@ class TransformerXLCell(Cell):
 
     References:
         Dai et al. 2019, "Transformer-XL", section 3.3. Bai, Kolter, Koltun 2019, "Deep equilibrium models", section 4.
+        The gate: Srivastava, Greff, Schmidhuber 2015, "Highway networks", equation 3, in the place that Parisotto et al.
+        2020, "Stabilizing Transformers for reinforcement learning", section 3.2, give it, and twice as large.
     """
 
     def __init__(self, config: TransformerXLConfig) -> None:
@@ -120,6 +128,10 @@ class TransformerXLCell(Cell):
         if config.norm_attention:
             self.vector_norm = nn.LayerNorm(width)
         self.output_norm = nn.LayerNorm(width)
+        self.gates = nn.ParameterDict()
+        for name in () if config.gate is None else ("attention_gate", "output_gate"):
+            self.gates[name] = nn.Parameter(torch.empty(width, width))
+            self.gates[f"{name}_bias"] = nn.Parameter(torch.empty(width))
         if config.weight_norm:
             for linear in self._linears():
                 parametrizations.weight_norm(linear)
@@ -135,6 +147,8 @@ class TransformerXLCell(Cell):
             draw_linear(linear, std)
         for bias in (self.content_bias, self.distance_bias):
             nn.init.normal_(bias, std=std)
+        for parameter in self.gates.values():
+            nn.init.zeros_(parameter)
         for module in self.children():
             if isinstance(module, nn.LayerNorm):
                 module.reset_parameters()
@@ -192,6 +206,7 @@ class TransformerXLCell(Cell):
             "output_norm": self.output_norm.weight,
             "output_norm_bias": self.output_norm.bias,
         }
+        weights |= {name: autocast.convert(parameter) for name, parameter in self.gates.items()}
         if self.config.norm_attention:
             weights |= {"vector_norm": self.vector_norm.weight, "vector_norm_bias": self.vector_norm.bias}
         if self.config.injects_into_attention:
@@ -214,12 +229,14 @@ class TransformerXLCell(Cell):
 
     def _evaluate(self, z: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         pre = self.config.norm == "pre"
-        attention = self._attention(self._normalize(z, tensors, "attention_norm") if pre else z, tensors)
-        h = z + _drop(attention, tensors, "attention_dropout")
+        read = self._normalize(z, tensors, "attention_norm") if pre else z
+        attention = _drop(self._attention(read, tensors), tensors, "attention_dropout")
+        h = _joined(z, attention, read, tensors, "attention_gate")
         if "input" in tensors:
             h = h + tensors["input"]
         h = self._normalize(h, tensors, "output_norm" if pre else "attention_norm")
-        out = h + _drop(self._feed_forward(h, tensors), tensors, "output_dropout")
+        image = _drop(self._feed_forward(h, tensors), tensors, "output_dropout")
+        out = _joined(h, image, h, tensors, "output_gate")
         return out if pre else self._normalize(out, tensors, "output_norm")
 
     def _feed_forward(self, h: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -284,6 +301,14 @@ def _two_layers(rows: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
     """W_2 relu(W_1 row + b_1) + b_2 of each row, (R, D)."""
     hidden = F.linear(rows, tensors["expand"], tensors["expand_bias"]).relu_()
     return F.linear(hidden, tensors["contract"], tensors["contract_bias"])
+
+
+def _joined(carried: Tensor, branch: Tensor, read: Tensor, tensors: Mapping[str, Tensor], gate: str) -> Tensor:
+    """The residual sum, by the gate of that name if there is one; `read` is what the branch is of."""
+    if gate not in tensors:
+        return carried + branch
+    share = torch.sigmoid(F.linear(read, tensors[gate], tensors[f"{gate}_bias"]))
+    return 2 * (share * carried + (1 - share) * branch)
 
 
 def _recomputed(function: Callable[..., Tensor], *arguments: Any) -> Tensor:

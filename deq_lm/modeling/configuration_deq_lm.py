@@ -45,8 +45,9 @@ class ModelSettings:
         adjoint: {"name": "implicit" | "jacobian_free" | "phantom" | "unrolled" | "reversible", ...}. "unrolled"
             backpropagates through the steps of the solver, which has to be "picard", "reversible" or one of the last two;
             "reversible" runs a "reversible" one backwards.
+        start: where solves begin: "linear" at a learned map of the embedded tokens (`deq_lm.learned_start`), null at zero.
 
-    Only an equilibrium has a solve: the last four have no effect on the others, and warn if they are not the defaults.
+    Only an equilibrium has a solve: the last five have no effect on the others, and warn if they are not the defaults.
     """
 
     cell: Mapping[str, Any]
@@ -57,6 +58,7 @@ class ModelSettings:
     stopping: StoppingRule = field(default_factory=StoppingRule)
     evaluation_stopping: StoppingRule | None = None
     adjoint: Mapping[str, Any] = field(default_factory=lambda: {"name": "implicit"})
+    start: Literal["linear"] | None = None
 
 
 @strict
@@ -85,6 +87,7 @@ class DEQLMConfig(PreTrainedConfig):
         "past_key_values",
         "solution",
         "jacobian",
+        "start_error",
     ]
 
     vocab_size: int = 32000
@@ -96,6 +99,7 @@ class DEQLMConfig(PreTrainedConfig):
     stopping: dict | None = None
     evaluation_stopping: dict | None = None
     adjoint: dict | None = None
+    start: str | None = None
     tie_word_embeddings: bool = True
     n_ctx: int | None = None
     vocabulary_sha256: str | None = None
@@ -137,6 +141,8 @@ class DEQLMConfig(PreTrainedConfig):
             self.evaluation_stopping = to_mapping(build_stopping(self.evaluation_stopping, "model.evaluation_stopping"))
         adjoint = build_adjoint(self.adjoint or {"name": "implicit"}, "model.adjoint")
         self.adjoint = adjoint_mapping(adjoint)
+        if self.start not in (None, "linear"):
+            raise ConfigError(f"model.start: {self.start!r}; expected 'linear', or null for a start at zero.")
         if self.depth != "equilibrium":
             self._warn_of_settings_of_a_solve()
         else:
@@ -155,6 +161,7 @@ class DEQLMConfig(PreTrainedConfig):
                 ("solver", solver_mapping(build_solver(defaults.solver, "model.solver"))),
                 ("stopping", to_mapping(defaults.stopping)),
                 ("evaluation_stopping", None),
+                ("start", None),
                 ("adjoint", adjoint_mapping(build_adjoint(defaults.adjoint, "model.adjoint"))),
             )
             if getattr(self, name) != default

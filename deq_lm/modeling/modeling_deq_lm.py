@@ -17,6 +17,7 @@ from deq_lm.cells.memory import Memory, Past
 from deq_lm.equilibrium import Equilibrium
 from deq_lm.heads import LinearHead
 from deq_lm.heads.base import SelfInitialized
+from deq_lm.learned_start import LearnedStart
 from deq_lm.modeling.builders import (
     build_adjoint,
     build_cell,
@@ -48,7 +49,9 @@ class DEQLMOutput(ModelOutput):
         target_nats: of each target, 0 where it is not scored, (B, L), if asked for.
         memory: for the next segment.
         solution: facts of the forward solve; None from a stack, which has none.
-        jacobian: squared Frobenius norm of df/dz at z* per entry, estimated and differentiable, if asked for.
+        jacobian: squared Frobenius norm of df/dz at z* per entry, or its squared spectral norm, estimated and
+            differentiable, if asked for.
+        start_error: of a learned start, where gradients are recorded; to be added to the loss, see `LearnedStart`.
     """
 
     loss: Tensor | None = None
@@ -62,6 +65,7 @@ class DEQLMOutput(ModelOutput):
     memory: Memory | None = None
     solution: Solution | None = None
     jacobian: Tensor | None = None
+    start_error: Tensor | None = None
 
 
 class DEQLMPreTrainedModel(PreTrainedModel):
@@ -119,9 +123,9 @@ class DEQLMPreTrainedModel(PreTrainedModel):
                 loaded = [p for p in module.parameters() if getattr(p, "_is_hf_initialized", False)]
                 if len(loaded) < len(list(module.parameters())):
                     values = [parameter.clone() for parameter in loaded]
-                    for cell in module.modules():
-                        if isinstance(cell, Cell):
-                            cell.reset_parameters()
+                    for part in module.modules():
+                        if isinstance(part, Cell | LearnedStart):
+                            part.reset_parameters()
                     for parameter, value in zip(loaded, values, strict=True):
                         parameter.copy_(value)
         super().initialize_weights()
@@ -166,6 +170,7 @@ class DEQLMModel(DEQLMPreTrainedModel):
                 if config.evaluation_stopping is None
                 else build_stopping(config.evaluation_stopping, "model.evaluation_stopping"),
                 adjoint=build_adjoint(config.adjoint, "model.adjoint"),
+                learned_start=None if config.start is None else LearnedStart(config.d_model),
             )
         # The library's protocol: what must stay on one device, and an FSDP unit. It holds a whole solve.
         self._no_split_modules = [type(self.layers).__name__]
@@ -195,6 +200,7 @@ class DEQLMModel(DEQLMPreTrainedModel):
         adjoint: Adjoint | None = None,
         num_unrolled_steps: int | None = None,
         estimate_jacobian: bool = False,
+        power_iterations: int | None = None,
         output_hidden_states: bool | None = None,
     ) -> DEQLMOutput:
         """Arguments and errors as `DEQLMForCausalLM.forward`; without loss and logits."""
@@ -233,6 +239,7 @@ class DEQLMModel(DEQLMPreTrainedModel):
             adjoint=adjoint,
             num_unrolled_steps=num_unrolled_steps,
             estimate_jacobian=estimate_jacobian,
+            power_iterations=power_iterations,
         )
         if key_mask is not None:
             segment = replace(
@@ -249,6 +256,7 @@ class DEQLMModel(DEQLMPreTrainedModel):
             memory=segment.memory,
             solution=segment.solution,
             jacobian=segment.jacobian,
+            start_error=segment.start_error,
         )
 
     def _stopping(self, stopping: StoppingRule | None, max_evaluations: int | None) -> StoppingRule | None:
@@ -307,6 +315,7 @@ class DEQLMForCausalLM(EquilibriumGenerationMixin, DEQLMPreTrainedModel):
         adjoint: Adjoint | None = None,
         num_unrolled_steps: int | None = None,
         estimate_jacobian: bool = False,
+        power_iterations: int | None = None,
         return_logits: bool = True,
         return_target_nats: bool = False,
         logits_to_keep: int | Tensor = 0,
@@ -332,6 +341,7 @@ class DEQLMForCausalLM(EquilibriumGenerationMixin, DEQLMPreTrainedModel):
             adjoint: overrides the configured adjoint.
             num_unrolled_steps: plain evaluations to run and backpropagate through instead of the solve.
             estimate_jacobian: also give `DEQLMOutput.jacobian`, for a regularized loss.
+            power_iterations: of that estimate; None is of the Frobenius norm, and 1 or more of the spectral norm.
             return_logits: False saves their memory; the loss is computed in chunks either way.
             return_target_nats: also give `DEQLMOutput.target_nats`, of targets or labels.
             logits_to_keep: only the logits of this many last positions, 0 is all; or indices of the positions, (K,) int64.
@@ -376,6 +386,7 @@ class DEQLMForCausalLM(EquilibriumGenerationMixin, DEQLMPreTrainedModel):
             adjoint=adjoint,
             num_unrolled_steps=num_unrolled_steps,
             estimate_jacobian=estimate_jacobian,
+            power_iterations=power_iterations,
             output_hidden_states=output_hidden_states,
         )
         state, embedding, scores = hidden.last_hidden_state, self.model.embed_tokens, {}

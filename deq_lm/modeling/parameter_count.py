@@ -79,4 +79,4 @@ def matching_stack(model: Mapping[str, Any], num_layers: int, vocab_size: int) -
     return stack(d_inner)
 
 
-_OF_A_SOLVE = ("solver", "stopping", "evaluation_stopping", "adjoint")
+_OF_A_SOLVE = ("solver", "stopping", "evaluation_stopping", "adjoint", "start")

@@ -78,7 +78,7 @@ class RepeatedStep:
 
 
 def steady(recipe: Recipe, *, regularize: bool, phase: PhaseConfig | None = None) -> Recipe:
-    """The recipe whose every step is like those in one phase, at the end of the run by default.
+    """The recipe whose every step is like those in one phase, at the end of the run by default; without a teacher.
 
     Args:
         recipe: of the run.
@@ -95,6 +95,7 @@ def steady(recipe: Recipe, *, regularize: bool, phase: PhaseConfig | None = None
         training,
         phases=() if phase is None else (replace(phase, until=1.0),),
         jacobian=jacobian,
+        distillation=None,
         max_steps_jitter=0,
         faults=training.faults.ignored(),
     )

@@ -9,7 +9,7 @@ flipped bit, and Accelerate's `save_state` writes in place: hence a format of ou
 | config.json, model.safetensors, tokenizer files | the model, as `from_pretrained` reads it |
 | optimizer.pt | the optimizer's state, read with `weights_only=True` |
 | state.json | recipe, data fingerprint, number of processes, progress, schedule |
-| rank_00000.json, rank_00000.safetensors | of one process: stream position, metrics so far, memory, random state |
+| rank_00000.json, rank_00000.safetensors | of one process: stream position, metrics so far, memories, random state |
 | manifest.json | size and SHA-256 of all the others |
 """
 
@@ -41,6 +41,7 @@ from deq_lm.data.streams import ContiguousStreams
 from deq_lm.errors import CheckpointError
 from deq_lm.modeling import DEQLMForCausalLM
 from deq_lm.structure import build, to_mapping
+from deq_lm.training.distillation import Teacher
 from deq_lm.training.durable import begin_folder, publish_folder, remove_folder, write_text
 from deq_lm.training.export import save_model, save_pickle, save_tensors
 from deq_lm.training.faults import Account
@@ -90,7 +91,10 @@ class Progress:
 
 @dataclass
 class TrainingState:
-    """All that a step reads and changes, on one process; `memory` is of this process's streams."""
+    """All that a step reads and changes, on one process; `memory` is of this process's streams, and so is the teacher's.
+
+    The teacher's memory reaches back through its layers to text that is not read again, so it is kept in checkpoints.
+    """
 
     model: DEQLMForCausalLM
     optimizer: torch.optim.Optimizer
@@ -99,6 +103,13 @@ class TrainingState:
     memory: Memory | None = None
     progress: Progress = field(default_factory=Progress)
     interval: Interval = field(default_factory=Interval)
+    teacher: Teacher | None = None
+    teacher_memory: Memory | None = None
+
+    @property
+    def memories(self) -> dict[str, Memory | None]:
+        """By the name in a checkpoint."""
+        return {"memory": self.memory, "teacher_memory": self.teacher_memory}
 
 
 def save(
@@ -206,7 +217,9 @@ def restore(path: Path, state: TrainingState, identity: Identity, *, rank: int) 
     is_dealt_anew = saved.num_processes != identity.num_processes
     files = [_read_own(path, other) for other in (range(saved.num_processes) if is_dealt_anew else [rank])]
     streams_each = identity.recipe["training"]["batch_size"] // saved.num_processes
-    memory = _memory_of([own.tensors for own in files], streams_each, device, path)
+    memory, teacher_memory = (
+        _memory_of([own.tensors for own in files], name, streams_each, device, path) for name in state.memories
+    )
 
     with _named(path / "rank_*.json"):
         state.streams.load_state_dict(files[0].streams)  # raises before it changes anything
@@ -215,7 +228,7 @@ def restore(path: Path, state: TrainingState, identity: Identity, *, rank: int) 
     state.schedule.load_state_dict(dict(shared.schedule))
     state.progress = shared.progress
     if not is_dealt_anew:
-        state.interval, state.memory = files[0].interval, memory
+        state.interval, state.memory, state.teacher_memory = files[0].interval, memory, teacher_memory
         set_random_state(files[0].random, files[0].tensors)
         return
     logger.warning(
@@ -226,7 +239,9 @@ def restore(path: Path, state: TrainingState, identity: Identity, *, rank: int) 
     )
     pooled = Interval.pooled([own.interval for own in files])
     state.interval = pooled if rank == 0 else pooled.without_solves()
-    state.memory = None if memory is None else memory.share(rank, identity.num_processes)
+    state.memory, state.teacher_memory = (
+        whole and whole.share(rank, identity.num_processes) for whole in (memory, teacher_memory)
+    )
     sequence = np.random.SeedSequence([identity.recipe["seed"], shared.progress.step, rank])
     set_seed(int(sequence.generate_state(1)[0]))
 
@@ -343,15 +358,15 @@ def _refuse_other_shapes(found: Mapping[str, tuple[int, ...]], expected: Mapping
 
 
 def _memory_of(
-    files: Sequence[Mapping[str, Tensor]], streams_each: int, device: torch.device, path: Path
+    files: Sequence[Mapping[str, Tensor]], kind: str, streams_each: int, device: torch.device, path: Path
 ) -> Memory | None:
-    """The memory in the tensors of some ranks, their streams one after the other."""
+    """The memory of this kind in the tensors of some ranks, their streams one after the other."""
     with _named(path / "rank_*.safetensors"):
         # Copied also where there is one: safetensors' tensors are not aligned, and that changes the last bits of a sum.
         remembered = {
-            name: torch.cat([tensors[f"memory.{name}"].clone() for tensors in files]).to(device)
+            name: torch.cat([tensors[f"{kind}.{name}"].clone() for tensors in files]).to(device)
             for name in ("z", "x", "mask", "num_tokens")
-            if f"memory.{name}" in files[0]
+            if f"{kind}.{name}" in files[0]
         }
         memory = Memory(**remembered) if remembered else None
         if memory is not None and not (
@@ -360,7 +375,7 @@ def _memory_of(
             and len(memory.z) == streams_each * len(files)
         ):
             raise ValueError(
-                f"memory of shapes {tuple(memory.z.shape)} and {tuple(memory.x.shape)}: expected "
+                f"{kind} of shapes {tuple(memory.z.shape)} and {tuple(memory.x.shape)}: expected "
                 f"{streams_each * len(files)} streams"
             )
     return memory
@@ -430,10 +445,10 @@ def _write_shared_files(
 
 def _write_own_files(folder: Path, state: TrainingState, rank: int) -> None:
     random_state, tensors = random_state_of_all()
-    if state.memory is not None:
+    for kind, memory in state.memories.items():
         for name in ("z", "x", "mask", "num_tokens"):
-            if (tensor := getattr(state.memory, name)) is not None:
-                tensors[f"memory.{name}"] = tensor.contiguous()
+            if (tensor := getattr(memory, name, None)) is not None:
+                tensors[f"{kind}.{name}"] = tensor.contiguous()
     save_tensors(folder / f"rank_{rank:05d}.safetensors", tensors)
     own = {
         "streams": state.streams.state_dict(),

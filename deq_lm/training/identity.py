@@ -23,6 +23,7 @@ MAY_CHANGE = (
     "recipe.training.output_dir",
     "recipe.training.max_steps",
     "recipe.training.phases",
+    "recipe.training.distillation.teacher",
     "recipe.training.faults",
     "recipe.training.log_every",
     "recipe.training.evaluate_every",
@@ -33,8 +34,8 @@ MAY_CHANGE = (
 )
 """Settings a run may be continued with another value of: they decide no update of the weights, or are meant to be raised
 (max_steps), or to be given up (faults: the policy that has ended a run), or are compared in another form (the model by its
-configuration, the data by a fingerprint, the phases by the steps they end at). `restore` says what another number of
-processes means."""
+configuration, data and teacher by a fingerprint, the phases by the steps they end at). `restore` says what another number
+of processes means."""
 
 _CONFIG = ("vocab_size", *(setting.name for setting in fields(ModelSettings)))
 
@@ -48,6 +49,7 @@ class Identity:
     data_fingerprint: str
     num_processes: int
     phases: tuple[Mapping[str, Any], ...] = ()
+    teacher_sha256: str | None = None
 
     def with_defaults(self) -> Identity:
         """Settings of the model that there were not yet when this was saved have the value by default."""

@@ -34,6 +34,7 @@ from deq_lm.modeling.builders import build_adjoint, build_stopping
 from deq_lm.structure import to_mapping
 from deq_lm.training import checkpoint, sharding
 from deq_lm.training.checkpoint import Progress, TrainingState
+from deq_lm.training.distillation import load_teacher
 from deq_lm.training.durable import begin_folder, publish_folder
 from deq_lm.training.export import save_model
 from deq_lm.training.faults import describe_account, describe_faults, give_up
@@ -108,9 +109,12 @@ def _train(recipe: Recipe, resume: bool, held: ExitStack) -> int | None:
         drop_remainder=True,
     )
 
+    # before anything is drawn: loading draws random numbers, too
+    tokenizer: Any = corpus.tokenizer
+    teacher = load_teacher(settings.distillation, tokenizer, accelerator.device)
+
     # model: the same initial weights everywhere, then different dropout masks
     set_seed(recipe.seed)
-    tokenizer: Any = corpus.tokenizer
     config = build_config(recipe.model, len(tokenizer), eos_token_id=tokenizer.eos_token_id)
     config.n_ctx = settings.segment_length + config.mem_len
     config.vocabulary_sha256 = vocabulary_hash(tokenizer).hexdigest()
@@ -120,13 +124,14 @@ def _train(recipe: Recipe, resume: bool, held: ExitStack) -> int | None:
     schedule = make_schedule(optimizer, settings.schedule, max_steps=settings.max_steps)
     wrapped, optimizer = sharding.prepare(accelerator, model, optimizer)
 
-    state = TrainingState(model, optimizer, schedule, streams)
+    state = TrainingState(model, optimizer, schedule, streams, teacher=teacher)
     identity = Identity(
         recipe=to_mapping(recipe),
         model_config=comparable_config(model.config),
         data_fingerprint=corpus.fingerprint,
         num_processes=accelerator.num_processes,
         phases=comparable_phases(settings.phases, settings.num_schedule_steps),
+        teacher_sha256=teacher and teacher.sha256,
     )
     lock(run, accelerator, held)
     newest = checkpoint.newest_complete(run.checkpoints) if resume else None
@@ -318,6 +323,7 @@ def describe(
     ends = [
         f"{end:,}" for _, end, phase in stretches(settings.phases, settings.num_schedule_steps) if phase is not None
     ]
+    taught = settings.distillation
     tokens_per_step = settings.batch_size * settings.segment_length * settings.gradient_accumulation
     return "\n".join(
         [
@@ -326,6 +332,7 @@ def describe(
             f"{settings.max_steps:,} steps of {tokens_per_step:,} tokens on {accelerator.num_processes} process(es), "
             f"{accelerator.device.type}, mixed precision {accelerator.mixed_precision}; run folder {settings.output_dir}",
             *([f"phases end at steps {', '.join(ends)}"] if ends else []),
+            *([f"taught by {taught.teacher} for {taught.until:.0%} of the steps"] if taught is not None else []),
             "starting at step 0" if newest is None else f"resuming from {newest}",
         ]
     )

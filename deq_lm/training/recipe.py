@@ -22,6 +22,7 @@ from deq_lm.evaluation import EvaluationConfig
 from deq_lm.modeling import DEQLMConfig, build_config
 from deq_lm.modeling.builders import build_stopping
 from deq_lm.structure import build, to_mapping
+from deq_lm.training.distillation import DistillationConfig
 from deq_lm.training.faults import FaultsConfig
 from deq_lm.training.optimizer import OptimizerConfig
 from deq_lm.training.phases import JacobianConfig, PhaseConfig, check_phases
@@ -49,6 +50,7 @@ class TrainingConfig:
         max_steps_jitter: solver steps by which the budget of a step's solves is cut at most, uniformly drawn for every step
             and process; 0 is none.
         jacobian: Jacobian regularization, or None.
+        distillation: a term against a teacher's predictions for the first part of the run, or None.
         faults: what becomes of a step with a numerical fault; see `deq_lm.training.faults`.
         mixed_precision: "bf16" runs the cell under autocast; None leaves it to `accelerate launch`.
         log_every: steps between lines of metrics.
@@ -77,6 +79,7 @@ class TrainingConfig:
     checkpoint_every: int
     keep_checkpoints: int
     track: bool
+    distillation: DistillationConfig | None = None
 
     def __post_init__(self) -> None:
         for name in _COUNTS:
@@ -148,6 +151,13 @@ class Recipe:
             jacobian=self.training.jacobian,
             config=config,
         )
+        distillation, num_steps = self.training.distillation, self.training.num_schedule_steps
+        if distillation is not None and not distillation.is_due(0, num_steps):
+            warn(
+                f"no effect: training.distillation.until={distillation.until} of {num_steps} steps is none. Give a larger "
+                "share, or null for the section.",
+                UnusedSettingWarning,
+            )
         faults = self.training.faults
         tolerances = {
             "unconverged_solve": [build_stopping(config.stopping, "model.stopping").rtol] if adjoints else [],

@@ -26,6 +26,9 @@ from deq_lm.training.faults import RETRY_BUDGET, Policy, find_faults, nan_as_inf
 from deq_lm.training.phases import StepPlan, plan_step
 from deq_lm.training.recipe import Recipe
 
+START_WEIGHT = 1.0e-2
+"""Of the learned start's own regression. Adam takes no notice, and the norm that clips the gradient hardly does."""
+
 MEMORY_OF_LOSS = 10
 """Steps that the running mean of the loss goes back over, against which a spike is seen."""
 
@@ -101,6 +104,7 @@ def train_step(
     for account in (progress.account, interval.account):
         account.count(faults, updated=updates)
     state.memory = gradient.memory if gradient.finite else None  # what was not finite would be carried on
+    state.teacher_memory = gradient.teacher_memory
     if gradient.finite:
         interval.nll_nats += gradient.nll_nats
         interval.num_targets += gradient.num_targets
@@ -126,7 +130,7 @@ class Gradient:
     """What a step has computed before its update; the gradient itself is with the weights.
 
     Attributes:
-        memory: after the last segment.
+        memory, teacher_memory: after the last segment.
         nll_nats, num_targets: over all processes.
         grad_norm: global norm before clipping.
         finite: whether loss and gradient are, on every process.
@@ -136,6 +140,7 @@ class Gradient:
     """
 
     memory: Memory | None
+    teacher_memory: Memory | None
     nll_nats: float
     num_targets: int
     grad_norm: float
@@ -159,29 +164,44 @@ def compute_gradient(
     """Forward and backward passes of a step, and what is to be known of them on all processes.
 
     The gradient is that of (nats of all processes and segments) / (their targets): summed, and divided once. To it comes
-    that of the Jacobian's estimate, a mean over the segments regularized or not.
+    that of the Jacobian's estimate, a mean over the segments regularized or not, and that of the distillation, divided as
+    the nats are.
     """
     settings = recipe.training
+    teacher = state.teacher
+    if teacher is not None and not teacher.config.is_due(state.progress.step, settings.num_schedule_steps):
+        teacher = None
     # Streams are equally long and without padding, so every process has as many targets as this one.
     num_targets = accelerator.num_processes * sum(segment.targets.numel() for segment in segments)
-    probability = settings.jacobian.probability if settings.jacobian is not None and plan.jacobian_weight else 0.0
+    jacobian = settings.jacobian if plan.jacobian_weight else None
     nll_nats = torch.zeros((), device=accelerator.device)
     memory, measured = state.memory, dict[str, list[Tensor]]()
+    teacher_memory = None if teacher is None else state.teacher_memory
     for i, segment in enumerate(segments):
         # between segments nothing is exchanged; the last backward pass averages the gradient over the processes
-        regularize = probability > 0 and random.random() < probability  # noqa: S311
+        regularize = jacobian is not None and random.random() < jacobian.probability  # noqa: S311
         with nullcontext() if i == len(segments) - 1 else accelerator.no_sync(model):
+            input_ids = segment.input_ids.to(accelerator.device)
             output = model(
-                segment.input_ids.to(accelerator.device),
+                input_ids,
                 targets=segment.targets.to(accelerator.device),
                 memory=None if segment.is_start else memory,
                 estimate_jacobian=regularize,
-                return_logits=False,
+                power_iterations=None if jacobian is None else jacobian.power_iterations,
+                return_logits=teacher is not None,
                 **plan.arguments(),
             )
             loss = output.nll_nats * (accelerator.num_processes / num_targets)
             if regularize:
                 loss = loss + output.jacobian * (plan.jacobian_weight / len(segments))
+            if output.start_error is not None:
+                loss = loss + output.start_error * (START_WEIGHT / len(segments))
+            if teacher is not None:
+                with accelerator.autocast():
+                    term, teacher_memory = teacher.term(
+                        output.logits, input_ids, None if segment.is_start else teacher_memory
+                    )
+                loss = loss + term * (accelerator.num_processes / num_targets)
             accelerator.backward(loss)
         memory = output.memory
         nll_nats = nll_nats + output.nll_nats.detach()
@@ -214,6 +234,7 @@ def compute_gradient(
     solves = {name: list(islice(numbers, len(values))) for name, values in pooled.items()}
     return Gradient(
         memory=memory,
+        teacher_memory=teacher_memory,
         nll_nats=total_nats,
         num_targets=num_targets,
         grad_norm=grad_norm,

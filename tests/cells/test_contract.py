@@ -24,6 +24,7 @@ SIZES = {"d_model": WIDTH, "num_heads": HEADS, "mem_len": PAST, "init_std": 0.4}
 CELLS: dict[str, CellConfig] = {
     "post": TransformerXLConfig(**SIZES, d_inner=12, norm="post"),
     "pre": TransformerXLConfig(**SIZES, d_inner=12, norm="pre", weight_norm=True),
+    "gated": TransformerXLConfig(**SIZES, d_inner=12, gate="highway", injection="residual", norm_attention=True),
     "monotone": MonotoneConfig(**SIZES, num_taps=2),
     "monotone tanh": MonotoneConfig(**SIZES, num_taps=PAST, prox="tanh"),
     "multiscale": MultiscaleConfig(
@@ -42,8 +43,17 @@ def config(request) -> CellConfig:
 
 @pytest.fixture
 def cell(config: CellConfig) -> Cell:
+    return drawn(config).double().eval()
+
+
+def drawn(config: CellConfig) -> Cell:
+    """With gates, which begin at 0, that are not."""
     torch.manual_seed(0)
-    return build_cell(config).double().eval()
+    cell = build_cell(config)
+    for name, parameter in cell.named_parameters():
+        if "gate" in name:
+            nn.init.normal_(parameter)
+    return cell
 
 
 def inputs(length: int, seed: int) -> Tensor:
@@ -77,8 +87,7 @@ def test_the_future_changes_no_bit_of_the_past(cell: Cell, dtype: torch.dtype):
 def test_the_future_changes_no_bit_of_the_past_at_sizes_that_reach_the_vector_kernels(
     config: CellConfig, recorded: bool, mixed_precision: bool
 ):
-    torch.manual_seed(0)
-    cell = build_cell(replace(config, d_model=64, init_std=0.1))
+    cell = drawn(replace(config, d_model=64, init_std=0.1))
     x = torch.randn(2, 70, 64)
     z = torch.randn_like(cell.as_state(x))
     memory = Memory(torch.randn_like(z[:, :33]), torch.randn(2, 33, 64))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,7 +13,7 @@ from deq_lm.adjoints import Implicit
 from deq_lm.cells import Memory, TransformerXLCell, TransformerXLConfig
 from deq_lm.equilibrium import Equilibrium
 from deq_lm.evaluation.peak_memory import peak_live_bytes, saved_bytes
-from deq_lm.regularizers import jacobian_frobenius, jacobian_penalty
+from deq_lm.regularizers import jacobian_frobenius, jacobian_penalty, jacobian_spectral
 from deq_lm.solvers import Picard, StoppingRule
 
 BATCH, LENGTH, WIDTH, INNER = 2, 40, 16, 1024
@@ -35,10 +38,11 @@ def states(seed: int, length: int = LENGTH) -> Tensor:
     return torch.randn(BATCH, length, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.parametrize("gate", [None, "highway"])
 @every_variant
-def test_values_are_those_without_to_the_bit_and_gradients_to_rounding(variant: dict):
+def test_values_are_those_without_to_the_bit_and_gradients_to_rounding(variant: dict, gate: str | None):
     results = []
-    for cell in (make(dropout=0.3), make(dropout=0.3, **variant)):
+    for cell in (make(dropout=0.3, gate=gate), make(dropout=0.3, gate=gate, **variant)):
         torch.manual_seed(1)  # of the dropout masks
         z, x = states(1).requires_grad_(), states(2).requires_grad_()
         image = cell.bind(x, Memory(states(3, 4), states(4, 4)))(z)
@@ -66,12 +70,15 @@ def test_the_jacobian_penalty_recomputes_attention_by_the_kernel_it_was_computed
     assert not any(fused)
 
 
+@pytest.mark.parametrize(
+    "estimate", [jacobian_frobenius, partial(jacobian_spectral, power_iterations=2)], ids=["frobenius", "spectral"]
+)
 @every_variant
-def test_the_gradient_of_the_jacobian_penalty_is_the_same(variant: dict):
+def test_the_gradient_of_the_jacobian_penalty_is_the_same(variant: dict, estimate: Callable):
     results = []
     for cell in (make(), make(**variant)):
         torch.manual_seed(1)  # of the probe
-        penalty = jacobian_frobenius(cell.bind(states(2)), states(1))
+        penalty = estimate(cell.bind(states(2)), states(1))
         results.append([penalty, *torch.autograd.grad(penalty, list(cell.parameters()), allow_unused=True)])
     for a, b in zip(*results, strict=True):
         assert (a is None) == (b is None)

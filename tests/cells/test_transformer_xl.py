@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from deq_lm.cells import Memory, TransformerXLCell, TransformerXLConfig
@@ -18,7 +18,10 @@ def make(**options) -> TransformerXLCell:
     torch.manual_seed(0)
     sizes = {"d_model": WIDTH, "num_heads": HEADS, "d_inner": 12, "mem_len": PAST, "init_std": 0.4}
     config = TransformerXLConfig(**{**sizes, **options})
-    return TransformerXLCell(config).double().eval()
+    cell = TransformerXLCell(config).double().eval()
+    for parameter in cell.gates.values():  # which begin at 0
+        nn.init.normal_(parameter)
+    return cell
 
 
 def states(length: int, seed: int) -> Tensor:
@@ -58,12 +61,19 @@ def by_loops(cell: TransformerXLCell, z: Tensor, x: Tensor) -> Tensor:
     def feed_forward(h: Tensor) -> Tensor:
         return cell.contract(cell.expand(h).relu())
 
+    def joined(carried: Tensor, branch: Tensor, read: Tensor, gate: str) -> Tensor:
+        if cell.config.gate is None:
+            return carried + branch
+        weights = 1 / (1 + torch.exp(-(read @ cell.gates[gate].T + cell.gates[f"{gate}_bias"])))
+        return 2 * weights * carried + (2 - 2 * weights) * branch
+
     added = x if cell.config.injection in ("residual", "both") else 0.0
-    if cell.config.norm == "post":
-        h = cell.attention_norm(z + added + attention_by_loops(cell, z, x))
-        return cell.output_norm(h + feed_forward(h))
-    h = cell.output_norm(z + added + attention_by_loops(cell, cell.attention_norm(z), x))
-    return h + feed_forward(h)
+    post = cell.config.norm == "post"
+    read = z if post else cell.attention_norm(z)
+    h = joined(z, attention_by_loops(cell, read, x), read, "attention_gate") + added
+    h = (cell.attention_norm if post else cell.output_norm)(h)
+    out = joined(h, feed_forward(h), h, "output_gate")
+    return cell.output_norm(out) if post else out
 
 
 @pytest.mark.parametrize("norm", ["post", "pre"])
@@ -73,6 +83,8 @@ def by_loops(cell: TransformerXLCell, z: Tensor, x: Tensor) -> Tensor:
         {},
         {"weight_norm": True},
         {"norm_attention": True},
+        {"gate": "highway"},
+        {"gate": "highway", "injection": "residual", "weight_norm": True},
         {"injection": "none"},
         {"injection": "residual"},
         {"injection": "both"},
@@ -163,6 +175,36 @@ def test_weight_norm_starts_from_the_very_weights_that_are_drawn_without_it():
         torch.testing.assert_close(a.weight, b.weight, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("norm", ["post", "pre"])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_gated_cell_begins_as_the_cell_without_gates_to_the_bit_and_learns_to_differ(norm: str, dropout: float):
+    images, cells = [], []
+    for gate in (None, "highway"):
+        torch.manual_seed(0)
+        cell = TransformerXLCell(TransformerXLConfig(d_model=64, gate=gate, norm=norm, dropout=dropout)).train()
+        torch.manual_seed(1)  # of the dropout masks
+        z, x = torch.randn(2, 9, 64), torch.randn(2, 9, 64)
+        images.append(cell.bind(x)(z))
+        cells.append(cell)
+    assert torch.equal(*images)
+    gates = list(cells[1].gates.values())
+    assert len(gates) == 4
+    gradients = torch.autograd.grad((images[1] * torch.randn(64)).sum(), gates)
+    assert all(gradient.abs().max() > 1e-3 for gradient in gradients)
+
+
+@pytest.mark.parametrize(("bias", "kept"), [(40.0, "carried"), (-40.0, "branch")])
+def test_an_open_gate_carries_its_state_through_and_a_closed_one_takes_the_branch_alone(bias: float, kept: str):
+    cell = make(gate="highway", norm="pre", injection="none")
+    for name, parameter in cell.gates.items():
+        nn.init.constant_(parameter, bias if name.endswith("bias") else 0.0)
+    z, x = states(LENGTH, 1), states(LENGTH, 2)
+    found = cell.bind(x)(z)
+    h = cell.output_norm(2 * (z if kept == "carried" else attention_by_loops(cell, cell.attention_norm(z), x)))
+    expected = 2 * (h if kept == "carried" else cell.contract(cell.expand(h).relu()))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -173,6 +215,7 @@ def test_weight_norm_starts_from_the_very_weights_that_are_drawn_without_it():
         ({"dropout": 1.0}, "dropout=1.0"),
         ({"attention_window": 0}, "attention_window=0: expected 1 or more"),
         ({"ffn_chunks": 0}, "ffn_chunks=0: expected 1 or more"),
+        ({"gate": "gru"}, "gate='gru': expected 'highway', or None for plain residual sums"),
         ({"injection": "values"}, "injection='values': expected 'attention', 'residual', 'both' or 'none'"),
         ({"recompute": "all"}, "recompute='all': expected 'none', 'feed_forward' or 'block'"),
         ({"num_blocks": 0}, "num_blocks=0: expected 1 or more"),

@@ -29,8 +29,16 @@ def test_the_count_is_that_of_the_model_and_a_tie_is_counted_once(depth: dict):
     assert count.other == block * (3 if "stack" in depth.values() else 1)
 
 
+def test_gates_are_counted_and_leave_the_feed_forward_network_as_much_less_at_equal_parameters():
+    gated = {**MODEL["cell"], "gate": "highway"}
+    count, plain = (count_parameters(build_config({"cell": cell}, 50)).other for cell in (gated, MODEL["cell"]))
+    assert count == plain + 2 * 32 * 33
+    narrower = {**gated, "d_inner": 200 - 32}
+    assert count_parameters(build_config({"cell": narrower}, 50)).other == pytest.approx(plain, rel=0.005)
+
+
 @pytest.mark.parametrize("num_layers", [1, 2])
-@pytest.mark.parametrize("extra", [{}, {"weight_norm": True}, {"num_blocks": 3}])
+@pytest.mark.parametrize("extra", [{}, {"weight_norm": True}, {"num_blocks": 3}, {"gate": "highway"}])
 def test_a_stack_has_the_width_and_the_parameters_of_its_rival(num_layers: int, extra: dict):
     model = {**MODEL, "cell": {**MODEL["cell"], **extra}}
     stack = build_config(matching_stack(model, num_layers, vocab_size=50), vocab_size=50)

@@ -1,12 +1,14 @@
 """The estimate against explicit Jacobians."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 
 from deq_lm.cells import TransformerXLCell, TransformerXLConfig
-from deq_lm.regularizers import jacobian_frobenius, jacobian_penalty, spectral_radius
+from deq_lm.regularizers import jacobian_frobenius, jacobian_penalty, jacobian_spectral, spectral_radius
 
 
 def cell_at_a_point(init_std: float = 0.4):
@@ -50,13 +52,16 @@ def test_descending_it_makes_the_map_contract():
     assert values[-1] < 0.5 * values[0]
 
 
-def expected_penalty(f, z: torch.Tensor, parts: list[slice]) -> torch.Tensor:
-    """The mean of `jacobian_frobenius` over the sequences, with the same draws in the same order."""
-    return sum(jacobian_frobenius(f.select(part), z[part]) * len(z[part]) for part in parts) / len(z)
+def expected_penalty(f, z: torch.Tensor, parts: list[slice], estimate: Callable) -> torch.Tensor:
+    """The mean of an estimate over the sequences, with the same draws in the same order."""
+    return sum(estimate(f.select(part), z[part]) * len(z[part]) for part in parts) / len(z)
 
 
+@pytest.mark.parametrize("power_iterations", [None, 2])
 @pytest.mark.parametrize(("num_sequences", "sizes"), [(1, [1]), (3, [1, 1, 1]), (6, [2, 2, 2]), (7, [2, 2, 2, 1])])
-def test_the_penalty_is_the_estimate_with_its_gradient(num_sequences: int, sizes: list[int]):
+def test_the_penalty_is_the_estimate_with_its_gradient(
+    num_sequences: int, sizes: list[int], power_iterations: int | None
+):
     cell, *_ = cell_at_a_point()
     draw = torch.Generator().manual_seed(8)
     x, z = (torch.randn(num_sequences, 3, 8, dtype=torch.float64, generator=draw) for _ in range(2))
@@ -66,9 +71,10 @@ def test_the_penalty_is_the_estimate_with_its_gradient(num_sequences: int, sizes
     inputs = [x, *(parameter for parameter in cell.parameters() if parameter is not cell.output_norm.bias)]
 
     torch.manual_seed(9)
-    expected = expected_penalty(cell.bind(x), z, parts)
+    estimate = partial(jacobian_spectral, power_iterations=power_iterations) if power_iterations else jacobian_frobenius
+    expected = expected_penalty(cell.bind(x), z, parts, estimate)
     torch.manual_seed(9)
-    value = jacobian_penalty(cell.bind(x), z)
+    value = jacobian_penalty(cell.bind(x), z, power_iterations=power_iterations)
     torch.testing.assert_close(value, expected)
     found = torch.autograd.grad(3.0 * value, inputs)
     for gradient, other in zip(found, torch.autograd.grad(3.0 * expected, inputs), strict=True):
@@ -85,10 +91,67 @@ def test_the_penalty_without_a_gradient_is_the_estimate():
     assert not value.requires_grad
 
 
-def exact_radius(f, z: torch.Tensor) -> torch.Tensor:
+def blocks_of(f, z: torch.Tensor) -> list[torch.Tensor]:
+    """The Jacobian of each sequence, a matrix."""
     jacobian = torch.autograd.functional.jacobian(f, z)
-    blocks = [jacobian[b, :, :, b].flatten(2).flatten(0, 1) for b in range(len(z))]
-    return torch.stack([torch.linalg.eigvals(block).abs().max() for block in blocks])
+    return [jacobian[b, :, :, b].flatten(2).flatten(0, 1) for b in range(len(z))]
+
+
+def test_after_many_power_iterations_it_is_the_squared_spectral_norm_and_never_above_it():
+    cell, x, z = cell_at_a_point()
+    f = cell.bind(x)
+    norms = torch.stack([torch.linalg.matrix_norm(block, 2) for block in blocks_of(f, z)])
+    assert abs(norms[0] - norms[1]) > 0.01 * norms[0]
+    values = [
+        jacobian_spectral(f, z, power_iterations=n, generator=torch.Generator().manual_seed(5)).item()
+        for n in (1, 2, 4, 8, 200)
+    ]
+    exact = norms.square().mean().item()
+    assert values == sorted(values)
+    assert values[0] < 0.8 * exact
+    assert values[-1] == pytest.approx(exact, rel=1e-6)
+
+
+def test_its_gradient_there_is_that_of_the_squared_spectral_norm():
+    cell, x, z = cell_at_a_point()
+    inputs = list(cell.bind(x).inputs)
+    value = jacobian_spectral(cell.bind(x), z, power_iterations=300, generator=torch.Generator().manual_seed(5))
+    found = torch.autograd.grad(value, cell.merge.weight)[0]
+
+    def exact(weight: torch.Tensor) -> torch.Tensor:
+        given = [weight if tensor is cell.merge.weight else tensor.detach() for tensor in inputs]
+        f = cell.bind(x).with_inputs(given)
+        jacobian = torch.autograd.functional.jacobian(f, z, create_graph=True)
+        blocks = [jacobian[b, :, :, b].flatten(2).flatten(0, 1) for b in range(len(z))]
+        return torch.stack([torch.linalg.matrix_norm(block, 2).square() for block in blocks]).mean()
+
+    expected = torch.autograd.grad(exact(cell.merge.weight), cell.merge.weight)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-8)
+
+
+def test_of_an_orthogonal_map_all_gains_are_the_same_and_so_are_both_norms():
+    turn = 0.7 * torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1)))[0]
+    z = torch.randn(3, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    assert jacobian_spectral(lambda z: z @ turn, z, power_iterations=1).item() == pytest.approx(0.49, rel=1e-12)
+    draws = [jacobian_frobenius(lambda z: z @ turn, z).item() for _ in range(200)]
+    assert sum(draws) / 200 == pytest.approx(0.49, rel=0.05)
+
+
+def test_the_spectral_norm_of_a_map_that_is_constant_is_zero_with_a_gradient_that_is_finite():
+    scale = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    value = jacobian_spectral(lambda z: scale * z, torch.ones(2, 3, 4, dtype=torch.float64), power_iterations=2)
+    (gradient,) = torch.autograd.grad(value, scale)
+    assert value == 0
+    assert gradient == 0
+
+
+def test_without_power_iterations_there_is_no_spectral_norm():
+    with pytest.raises(ValueError, match=r"power_iterations=0\): expected 1 or more; jacobian_frobenius needs none"):
+        jacobian_spectral(torch.sin, torch.zeros(1, 1, 1), power_iterations=0)
+
+
+def exact_radius(f, z: torch.Tensor) -> torch.Tensor:
+    return torch.stack([torch.linalg.eigvals(block).abs().max() for block in blocks_of(f, z)])
 
 
 @pytest.mark.parametrize("init_std", [0.05, 0.4])

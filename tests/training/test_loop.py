@@ -47,11 +47,16 @@ def test_the_gradient_is_of_all_nats_over_all_targets(tmp_path):
     assert state.interval.num_targets == state.progress.num_tokens == 64
 
 
-def test_the_jacobian_term_adds_its_weighted_gradient_averaged_over_the_segments(tmp_path):
+@pytest.mark.parametrize("power_iterations", ["null", "2"])
+def test_the_jacobian_term_adds_its_weighted_gradient_averaged_over_the_segments(tmp_path, power_iterations):
     gradients = {}
     for weight in (0.1, 0.2, 0.3):
         recipe = make_recipe(
-            tmp_path, *PLAIN, f"training.jacobian.weight={weight}", "training.jacobian.probability=1.0"
+            tmp_path,
+            *PLAIN,
+            f"training.jacobian.weight={weight}",
+            "training.jacobian.probability=1.0",
+            f"training.jacobian.power_iterations={power_iterations}",
         )
         accelerator = Accelerator()
         state, *_ = make_state(recipe, accelerator)

@@ -102,6 +102,24 @@ def test_a_weight_that_grows_from_zero_costs_nothing_until_it_has(tmp_path: Path
     assert seen == [False] * 4 + [True] * 2
 
 
+def test_power_iterations_make_the_regularization_spectral_which_is_larger(tmp_path: Path):
+    found = {}
+    for power_iterations in ("null", "1", "20"):
+        recipe = make_recipe(
+            tmp_path,
+            "training.phases=[]",
+            "training.jacobian.probability=1.0",
+            f"training.jacobian.power_iterations={power_iterations}",
+        )
+        accelerator = Accelerator(cpu=True)
+        state, _, _ = make_state(recipe, accelerator)
+        values = []
+        with forward_changed(state.model, lambda output, _, values=values: values.append(output.jacobian.item())):
+            one_step(recipe, state, accelerator)
+        found[power_iterations] = values[0]
+    assert 1.1 * found["null"] < found["1"] < found["20"]
+
+
 def test_the_loop_does_what_is_planned(tmp_path: Path):
     recipe = make_recipe(tmp_path, *SETTINGS, "training.jacobian=null")
     accelerator = Accelerator(cpu=True)
@@ -228,6 +246,10 @@ GROWTH = "training.jacobian.growth="
             "recipe.training.jacobian: growth.max_weight=0.1: expected more than weight=0.1",
         ),
         ("training.jacobian.weight=0.0", "weight=0.0: expected more than 0, or 0 with a growth"),
+        (
+            "training.jacobian.power_iterations=0",
+            "recipe.training.jacobian: power_iterations=0: expected 1 or more (spectral norm), or null (Frobenius norm)",
+        ),
         (
             "training.phases=[{until: 0.5, adjoint: {name: implicit, stopping: {rtol: 0.2}}}]",
             "limit=0.1: expected at",
