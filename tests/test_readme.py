@@ -107,7 +107,9 @@ def test_the_committed_report_is_of_the_committed_results(tmp_path):
         return read_measurements([path for place in lists[name].split() for path in sorted(ROOT.glob(place))])
 
     published = read_published(ROOT / "eval/reference/published.yaml")
-    folders = {"COMPARED": "eval/report"} | {name: f"eval/report/{name.lower()}" for name in ("SCALING", "DEPTH", "GPU")}
+    folders = {"COMPARED": "eval/report"} | {
+        name: f"eval/report/{name.lower()}" for name in ("SCALING", "DEPTH", "GPU")
+    }
     for name, folder in folders.items():
         made = tmp_path / name
         write_report(measured(name), published, made, title=titles[folder])

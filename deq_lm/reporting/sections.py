@@ -237,7 +237,9 @@ def _learning(measurements: Measurements) -> Section | None:
         Table("validation loss, nats per token, after so many tokens", validation_rows(results)),
         Table("most memory allocated on the GPU", device_memory_rows(results)),
     ]
-    return Section("Learning", [text], [table for table in tables if table.rows], _plots(measurements, "learning_curves"))
+    return Section(
+        "Learning", [text], [table for table in tables if table.rows], _plots(measurements, "learning_curves")
+    )
 
 
 def _compute(measurements: Measurements) -> Section | None:

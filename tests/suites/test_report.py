@@ -72,7 +72,11 @@ def test_validation_losses_are_by_tokens_and_the_mean_of_runs_that_have_got_so_f
     result = read_learning("tiny", subjects[0])
     per_step = result.recipe["training"]["batch_size"] * result.recipe["training"]["segment_length"]
     runs = [
-        replace(result, model=name, validation=tuple(ValidationPoint(step=step, nats_per_token=loss) for step, loss in points))
+        replace(
+            result,
+            model=name,
+            validation=tuple(ValidationPoint(step=step, nats_per_token=loss) for step, loss in points),
+        )
         for name, points in [
             ("long", [(1_000, 5.0), (2_000, 4.0)]),
             ("long", [(1_000, 6.0), (2_000, None)]),
@@ -95,7 +99,9 @@ def test_the_memory_of_a_gpu_is_the_most_of_all_runs_and_steps_and_missing_witho
     assert device_memory_rows([result]) == []
     allocated = [(1_500_000_000, 2_000_000_000), (1_000_000_000, 500_000_000)]
     runs = [
-        replace(result, model=name, training=tuple(replace(result.training[0], device_peak_bytes=peak) for peak in peaks))
+        replace(
+            result, model=name, training=tuple(replace(result.training[0], device_peak_bytes=peak) for peak in peaks)
+        )
         for name, peaks in zip(["a", "b"], allocated, strict=True)
     ]
     assert [row["allocated"] for row in device_memory_rows([*runs, runs[0]])] == ["2.0 GB (1.00x)", "1.0 GB (0.50x)"]
