@@ -15,6 +15,8 @@ from deq_lm.training.strict_yaml import read_yaml
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
+PLACES = [*DOCUMENTS, "eval/README.md", "eval/reliability/README.md", "recipes/README.md"]
+every_document = pytest.mark.parametrize("document", PLACES)
 
 
 @pytest.mark.parametrize("code", [code for language, code in BLOCKS if language == "python"])
@@ -33,7 +35,7 @@ def test_the_files_it_names_exist():
         assert path.exists() or list(ROOT.glob(f"deq_lm/*/{name}")) or name in ("metrics.jsonl",), name
 
 
-@pytest.mark.parametrize("document", ["README.md", "eval/README.md", "eval/results/README.md", "recipes/README.md"])
+@every_document
 def test_the_modules_that_a_document_names_exist(document: str):
     names = re.findall(r"`(deq_lm(?:[/.]\w+)+?)(?:\.py)?`", (ROOT / document).read_text("utf-8"))
     for name in names:
@@ -43,10 +45,11 @@ def test_the_modules_that_a_document_names_exist(document: str):
         assert any(place.exists() for place in places), name
 
 
-def test_the_commands_it_gives_name_files_recipes_and_targets_that_exist():
+@every_document
+def test_the_commands_it_gives_name_files_recipes_and_targets_that_exist(document: str):
     makefile = (ROOT / "Makefile").read_text("utf-8")
-    for language, code in BLOCKS:
-        for line in code.splitlines() if language == "bash" else ():
+    for language, code in re.findall(r"```(\w+)\n(.*?)```", (ROOT / document).read_text("utf-8"), flags=re.DOTALL):
+        for line in code.replace("\\\n", " ").splitlines() if language == "bash" else ():
             words = shlex.split(line, comments=True)
             if words[0] == "make":
                 assert re.search(rf"^{words[1]}:", makefile, flags=re.MULTILINE), line
@@ -69,12 +72,12 @@ def test_the_numbers_are_those_of_the_committed_results():
     assert {f"eval/results/{name}.json" for name in ("solvers", "training_step", "robustness", "demo_cpu")} <= files
 
 
-@pytest.mark.parametrize("name", [*DOCUMENTS, "eval/README.md", "recipes/README.md"])
-def test_the_links_lead_to_files_and_headings_that_exist(name: str):
-    links = re.findall(r"\]\(([^)#]*)(#[^)]+)?\)", (ROOT / name).read_text("utf-8"))
+@every_document
+def test_the_links_lead_to_files_and_headings_that_exist(document: str):
+    links = re.findall(r"\]\(([^)#]*)(#[^)]+)?\)", (ROOT / document).read_text("utf-8"))
     for place, heading in links:
         if not place.startswith("http"):
-            path = (ROOT / name).parent / place
+            path = (ROOT / document).parent / place
             assert path.exists(), place
             text = (path / "README.md" if path.is_dir() else path).read_text("utf-8") if heading else ""
             titles = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)

@@ -14,7 +14,7 @@ from deq_lm.evaluation import EvaluationResult, read_record, render
 from deq_lm.evaluation.tables import markdown_table
 
 TABLE = re.compile(r"<!-- (eval/[\w/]+\.json): (.+?) -->\n\n((?:\|.*\n)+)")
-DOCUMENTS = ("README.md", "eval/results/README.md")
+DOCUMENTS = ("README.md", "deq_lm/cells/README.md", "eval/results/README.md")
 """What is filled in, from the root."""
 DEMO = re.compile(r"<!-- demo: (\S+) -->\n\n```text\n(.*?)\n```", flags=re.DOTALL)
 
