@@ -65,17 +65,17 @@ def jacobian_spectral(
         Yoshida and Miyato 2017, "Spectral norm regularization for improving the generalizability of deep learning",
         algorithm 1: there for weights, here for df/dz, which is known by its products alone.
     """
-    if power_iterations < 1:
-        raise ValueError(
-            f"jacobian_spectral(power_iterations={power_iterations}): expected 1 or more; jacobian_frobenius needs none."
-        )
     return _mean_gain(f, z, power_iterations, generator)
 
 
 def _mean_gain(
     f: Callable[[Tensor], Tensor], z: Tensor, power_iterations: int | None, generator: torch.Generator | None
 ) -> Tensor:
-    """||u^T df/dz||^2 / z.numel() of a normal vector u, after so many power iterations."""
+    """||u^T df/dz||^2 / z.numel() of a normal vector u, after so many power iterations, if there are any."""
+    if power_iterations is not None and power_iterations < 1:
+        raise ValueError(
+            f"power_iterations={power_iterations}: expected 1 or more (spectral norm), or None (Frobenius norm)."
+        )
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no second derivative
         z = z.detach().requires_grad_()
         image = f(z)
@@ -116,6 +116,9 @@ def jacobian_penalty(f: BoundCell, z: Tensor, *, power_iterations: int | None = 
 
     Returns:
         0-dim; its gradient flows to the inputs of f, and has itself none.
+
+    Raises:
+        ValueError: if power_iterations is below 1.
     """
     if torch.is_grad_enabled() and f.inputs:
         return _Penalty.apply(f, z, power_iterations, *f.inputs)

@@ -49,9 +49,9 @@ class DistillationConfig:
         if not 0 < self.until <= 1:
             raise ValueError(f"until={self.until}: expected a share of the steps in (0, 1], at which it ends.")
 
-    def is_due(self, step: int, num_steps: int) -> bool:
-        """Whether it is part of a step, counted from 0, of a schedule of so many."""
-        return step < round(self.until * num_steps)
+    def num_taught_steps(self, num_steps: int) -> int:
+        """Of a schedule of so many, from the first on."""
+        return round(self.until * num_steps)
 
 
 @dataclass(frozen=True)

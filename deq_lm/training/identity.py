@@ -24,6 +24,7 @@ MAY_CHANGE = (
     "recipe.training.max_steps",
     "recipe.training.phases",
     "recipe.training.distillation.teacher",
+    "recipe.training.distillation.until",
     "recipe.training.faults",
     "recipe.training.log_every",
     "recipe.training.evaluate_every",
@@ -34,8 +35,8 @@ MAY_CHANGE = (
 )
 """Settings a run may be continued with another value of: they decide no update of the weights, or are meant to be raised
 (max_steps), or to be given up (faults: the policy that has ended a run), or are compared in another form (the model by its
-configuration, data and teacher by a fingerprint, the phases by the steps they end at). `restore` says what another number
-of processes means."""
+configuration, data and teacher by a fingerprint, phases and distillation by the steps they end at). `restore` says what
+another number of processes means."""
 
 _CONFIG = ("vocab_size", *(setting.name for setting in fields(ModelSettings)))
 
@@ -50,6 +51,7 @@ class Identity:
     num_processes: int
     phases: tuple[Mapping[str, Any], ...] = ()
     teacher_sha256: str | None = None
+    num_taught_steps: int = 0
 
     def with_defaults(self) -> Identity:
         """Settings of the model that there were not yet when this was saved have the value by default."""

@@ -132,6 +132,7 @@ def _train(recipe: Recipe, resume: bool, held: ExitStack) -> int | None:
         num_processes=accelerator.num_processes,
         phases=comparable_phases(settings.phases, settings.num_schedule_steps),
         teacher_sha256=teacher and teacher.sha256,
+        num_taught_steps=0 if teacher is None else teacher.config.num_taught_steps(settings.num_schedule_steps),
     )
     lock(run, accelerator, held)
     newest = checkpoint.newest_complete(run.checkpoints) if resume else None

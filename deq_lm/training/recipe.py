@@ -152,7 +152,7 @@ class Recipe:
             config=config,
         )
         distillation, num_steps = self.training.distillation, self.training.num_schedule_steps
-        if distillation is not None and not distillation.is_due(0, num_steps):
+        if distillation is not None and distillation.num_taught_steps(num_steps) == 0:
             warn(
                 f"no effect: training.distillation.until={distillation.until} of {num_steps} steps is none. Give a larger "
                 "share, or null for the section.",

@@ -169,7 +169,7 @@ def compute_gradient(
     """
     settings = recipe.training
     teacher = state.teacher
-    if teacher is not None and not teacher.config.is_due(state.progress.step, settings.num_schedule_steps):
+    if teacher is not None and state.progress.step >= teacher.config.num_taught_steps(settings.num_schedule_steps):
         teacher = None
     # Streams are equally long and without padding, so every process has as many targets as this one.
     num_targets = accelerator.num_processes * sum(segment.targets.numel() for segment in segments)

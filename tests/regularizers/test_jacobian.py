@@ -146,8 +146,11 @@ def test_the_spectral_norm_of_a_map_that_is_constant_is_zero_with_a_gradient_tha
 
 
 def test_without_power_iterations_there_is_no_spectral_norm():
-    with pytest.raises(ValueError, match=r"power_iterations=0\): expected 1 or more; jacobian_frobenius needs none"):
+    with pytest.raises(ValueError, match=r"power_iterations=0: expected 1 or more \(spectral norm\), or None"):
         jacobian_spectral(torch.sin, torch.zeros(1, 1, 1), power_iterations=0)
+    cell, x, z = cell_at_a_point()
+    with pytest.raises(ValueError, match="power_iterations=0"):
+        jacobian_penalty(cell.bind(x), z, power_iterations=0)
 
 
 def exact_radius(f, z: torch.Tensor) -> torch.Tensor:

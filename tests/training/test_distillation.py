@@ -161,6 +161,15 @@ def test_another_teacher_at_the_same_place_is_refused_on_resuming(tmp_path, teac
         train(recipe, resume=True)
 
 
+def test_a_longer_schedule_that_would_move_the_end_of_the_teaching_is_refused(tmp_path, teacher):
+    short = (*QUIET, "training.schedule.decay_steps=null", "training.phases=[]")
+    train(make_recipe(tmp_path, taught(teacher, until=0.5), *short))  # 1 of 2 steps
+    longer = (*short, "training.max_steps=4")
+    with pytest.raises(CheckpointError, match="num_taught_steps: 1 there, 2 here"):
+        train(make_recipe(tmp_path, taught(teacher, until=0.5), *longer), resume=True)
+    assert train(make_recipe(tmp_path, taught(teacher, until=0.25), *longer), resume=True) is None
+
+
 def test_a_teacher_of_another_vocabulary_is_refused_before_anything_is_written(tmp_path, teacher):
     recipe = make_recipe(tmp_path, taught(teacher), "data.vocab_size=290")
     with pytest.raises(ConfigError, match=r"distillation\.teacher=.*another vocabulary, of 300 .* this run has 290"):
