@@ -34,7 +34,7 @@ class TransformerXLConfig(CellConfig):
         norm_attention: layer normalization of the attention vector, all heads together, before it is merged.
         gate: how a branch b of what h is joined to the carried c, in both halves: None as c + b, "highway" as
             2 (g c + (1 - g) b) with g = sigmoid(W h + a) of each feature. W and a begin at 0, where that is c + b; they are
-            2 D (D + 1) more parameters. The input of injection "residual" is added as it is.
+            2 D (D + 1) more parameters a block. The input of injection "residual" is added as it is.
         weight_norm: weight normalization of every linear map but those of gates, which begin at 0; computed once per solve.
         dropout: probability of the variational masks on the outputs of attention and feed-forward network, in [0, 1).
         injection: where x enters: "attention", as W_x x in queries, keys and values, which is the papers' way; "residual",
