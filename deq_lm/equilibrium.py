@@ -115,8 +115,14 @@ class Equilibrium(nn.Module):
             power_iterations: of that estimate, see `jacobian_penalty`.
 
         Raises:
-            ValueError: if solves by the solver cannot be differentiated by `adjoint`.
+            ValueError: if solves by the solver cannot be differentiated by `adjoint`, or power iterations are given without
+                an estimate.
         """
+        if power_iterations is not None and not estimate_jacobian:
+            raise ValueError(
+                f"power_iterations={power_iterations} without estimate_jacobian: expected both, for an estimate of the "
+                "spectral norm, or power_iterations=None."
+            )
         solver = self.solver
         if adjoint is None:
             adjoint = self.adjoint

@@ -20,9 +20,10 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from tiny_run import make_recipe, make_state, one_step
 
-from deq_lm.training.checkpoint import TrainingState, save
+from deq_lm.training.checkpoint import save
 from deq_lm.training.identity import Identity
 from deq_lm.training.recipe import Recipe
+from deq_lm.training.state import TrainingState
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 CHECKPOINT = GOLDEN / "step_00000005"

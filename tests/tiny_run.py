@@ -15,13 +15,13 @@ from deq_lm.data.encoding import prepare
 from deq_lm.data.streams import ContiguousStreams
 from deq_lm.modeling import DEQLMForCausalLM, build_config
 from deq_lm.structure import build, to_mapping
-from deq_lm.training.checkpoint import TrainingState
 from deq_lm.training.distillation import load_teacher
 from deq_lm.training.identity import Identity, comparable_config
 from deq_lm.training.optimizer import make_optimizer
 from deq_lm.training.phases import comparable_phases
 from deq_lm.training.recipe import Recipe, apply_override
 from deq_lm.training.schedules import make_schedule
+from deq_lm.training.state import TrainingState
 from deq_lm.training.step import train_step
 
 

@@ -47,4 +47,4 @@ def device_memory_rows(results: Sequence[LearningResult]) -> list[Row]:
 
 def _mean(losses: Sequence[float | None]) -> float | None:
     known = [loss for loss in losses if loss is not None]
-    return statistics.fmean(known) if known and len(known) == len(losses) else None  # one that is not finite counts
+    return statistics.fmean(known) if known and len(known) == len(losses) else None  # none may be left out

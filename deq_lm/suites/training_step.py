@@ -18,10 +18,10 @@ from deq_lm.errors import UnusedSettingWarning
 from deq_lm.modeling import DEQLMForCausalLM
 from deq_lm.solvers import StoppingRule
 from deq_lm.structure import to_mapping
-from deq_lm.training.checkpoint import TrainingState
 from deq_lm.training.optimizer import make_optimizer
 from deq_lm.training.phases import PhaseConfig
 from deq_lm.training.recipe import Recipe
+from deq_lm.training.state import TrainingState
 from deq_lm.training.step import train_step
 
 

@@ -33,7 +33,6 @@ from deq_lm.modeling import DEQLMForCausalLM, build_config
 from deq_lm.modeling.builders import build_adjoint, build_stopping
 from deq_lm.structure import to_mapping
 from deq_lm.training import checkpoint, sharding
-from deq_lm.training.checkpoint import Progress, TrainingState
 from deq_lm.training.distillation import load_teacher
 from deq_lm.training.durable import begin_folder, publish_folder
 from deq_lm.training.export import save_model
@@ -45,6 +44,7 @@ from deq_lm.training.process import StopSignal, check_processes
 from deq_lm.training.recipe import Recipe
 from deq_lm.training.run_folder import RunFolder
 from deq_lm.training.schedules import make_schedule
+from deq_lm.training.state import Progress, TrainingState
 from deq_lm.training.step import train_step
 from deq_lm.training.tracking import Interval, Tracker, memory_use, summarize
 

@@ -70,8 +70,8 @@ class JacobianConfig:
         probability: of adding it to a segment of a step that solves (it costs a second backward pass), in (0, 1].
         growth: of the weight; None leaves it constant.
         power_iterations: None takes the Frobenius norm, the mean gain of all directions, and 1 or more an estimate of the
-            spectral norm, the largest gain (`deq_lm.regularizers.jacobian_spectral`). Squared, that is two orders of
-            magnitude larger in a trained cell of a small model, and wants a weight as much smaller.
+            spectral norm, the largest gain (`deq_lm.regularizers.jacobian_spectral`), which is larger and wants a smaller
+            weight.
     """
 
     weight: float

@@ -21,10 +21,10 @@ from deq_lm.data.streams import Segment
 from deq_lm.modeling.builders import build_adjoint, build_stopping
 from deq_lm.solvers import Solution
 from deq_lm.training import sharding
-from deq_lm.training.checkpoint import TrainingState
 from deq_lm.training.faults import RETRY_BUDGET, Policy, find_faults, nan_as_inf, sternest_policy, worst_solve
 from deq_lm.training.phases import StepPlan, plan_step
 from deq_lm.training.recipe import Recipe
+from deq_lm.training.state import TrainingState
 
 START_WEIGHT = 1.0e-2
 """Of the learned start's own regression. Adam takes no notice, and the norm that clips the gradient hardly does."""
@@ -187,7 +187,7 @@ def compute_gradient(
                 targets=segment.targets.to(accelerator.device),
                 memory=None if segment.is_start else memory,
                 estimate_jacobian=regularize,
-                power_iterations=None if jacobian is None else jacobian.power_iterations,
+                power_iterations=None if jacobian is None or not regularize else jacobian.power_iterations,
                 return_logits=teacher is not None,
                 **plan.arguments(),
             )

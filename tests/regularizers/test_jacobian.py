@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from deq_lm.cells import TransformerXLCell, TransformerXLConfig
+from deq_lm.equilibrium import Equilibrium
 from deq_lm.regularizers import jacobian_frobenius, jacobian_penalty, jacobian_spectral, spectral_radius
 
 
@@ -197,3 +198,9 @@ def test_the_spectral_radius_of_a_hundred_random_matrices_is_within_three_per_ce
 def test_one_iteration_says_nothing_about_growth():
     with pytest.raises(ValueError, match=r"num_iterations=1\): expected 2 or more"):
         spectral_radius(torch.sin, torch.zeros(1, 1, 1), num_iterations=1)
+
+
+def test_power_iterations_without_an_estimate_are_refused_rather_than_ignored():
+    cell, x, _ = cell_at_a_point()
+    with pytest.raises(ValueError, match="power_iterations=2 without estimate_jacobian"):
+        Equilibrium(cell)(x, power_iterations=2)
