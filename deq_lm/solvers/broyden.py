@@ -138,7 +138,7 @@ class Broyden(FixedPointSolver):
         gamma = products.solve(products.matrix, products.projections)
         proposal = pairs.correct_(torch.zeros_like(state.image, memory_format=torch.contiguous_format), IMAGES, -gamma)
         length = unit_norm(proposal, self.scope)
-        allowed = self.max_step * unit_norm(state.residual, self.scope)
+        allowed = self.max_step * products.residual_norm
         factor = torch.where(length > allowed, allowed / length, 1.0)
         return proposal.mul_(over(factor, proposal)).add_(state.image)
 
@@ -161,5 +161,5 @@ def _first_weights(gram: Tensor, projections: Tensor) -> tuple[Tensor, Tensor]:
     weights = torch.nn.functional.pad(weights, (1, 0))
     along_newest = (projections[..., -1] + (gram[..., -1, :] * weights).sum(dim=-1)) / safe[..., -1]
     scale = 1.0 / (1.0 - along_newest)
-    finite = weights.isfinite().all(dim=-1) & scale.isfinite()
+    finite = weights.abs().amax(dim=-1) + scale.abs() < float("inf")
     return torch.where(finite[..., None], weights, 0.0), torch.where(finite, scale, 1.0)

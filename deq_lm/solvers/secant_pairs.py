@@ -37,18 +37,20 @@ class PairProducts:
         matrix: <w_i, delta_residual_j>, (B, U, m, m).
         projections: <w_i, residual>, (B, U, m).
         usable: which pairs count, (B, U, m) bool: not forgotten, and no rounding of the larger ones.
+        residual_norm: ||residual|| of each unit, (B, U), frozen or not.
     """
 
     matrix: Tensor
     projections: Tensor
     usable: Tensor
+    residual_norm: Tensor
 
     def solve(self, matrix: Tensor, projections: Tensor) -> Tensor:
         """gamma, (B, U, m), of a system made from this one; 0 for pairs that do not count, and where it has no solution."""
         identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
         matrix = torch.where(self.usable[..., :, None] & self.usable[..., None, :], matrix, identity)
         gamma, failed = torch.linalg.solve_ex(matrix, torch.where(self.usable, projections, 0.0))
-        solved = (failed == 0)[..., None] & gamma.isfinite().all(dim=-1, keepdim=True)
+        solved = (failed == 0)[..., None] & (gamma.abs().amax(dim=-1, keepdim=True) < float("inf"))
         return torch.where(solved, gamma, 0.0)
 
 
@@ -102,25 +104,26 @@ class SecantPairs:
         moves them.
         """
         residual = split_units(residual, self._scope)
-        size, norm = residual.shape[-1], residual.square().sum(dim=-1)
+        size, square = residual.shape[-1], residual.square().sum(dim=-1)
         self._update(residual)
         del residual  # the caller's only one, and as large as what follows
 
         history = self._history
-        if active is not None:
-            norm = norm * active
-        self._forget_if_grown(accumulate(norm).sqrt())
+        residual_norm = accumulate(square).sqrt()
+        self._forget_if_grown(residual_norm if active is None else accumulate(square * active).sqrt())
         squares = history.oldest_first(self._sum(self._squares[:, :, : len(history)], active))
         usable = history.oldest_first(history.usable)
         largest = torch.where(usable, squares, 0.0).amax(dim=-1, keepdim=True)
         usable = usable & (squares > rounding(squares.dtype) ** 2 * largest)
-        # More pairs than there are numbers to move leave gamma to the rounding: the newest that many count.
-        num_numbers = size * accumulate(torch.ones_like(norm) if active is None else active.to(norm))
-        usable = usable & (usable.flip(-1).cumsum(dim=-1).flip(-1) <= num_numbers[..., None])
+        if size < len(history):
+            # More pairs than there are numbers to move leave gamma to the rounding: the newest that many count.
+            num_numbers = size * accumulate(torch.ones_like(square) if active is None else active.to(square))
+            usable = usable & (usable.flip(-1).cumsum(dim=-1).flip(-1) <= num_numbers[..., None])
         return PairProducts(
             self._sum(self._matrix.oldest_first(history), active),
             self._sum(history.oldest_first(self._projections), active),
             usable,
+            residual_norm,
         )
 
     def _update(self, residual: Tensor) -> None:

@@ -62,7 +62,7 @@ class Progress:
         improved: whether the last state is the best so far.
         mark_norm: residual norm at the last marked improvement.
         steps_since_mark: steps since then.
-        limit: norm of residual or image above which the unit has diverged.
+        limit: norm of residual or image above which the unit has diverged; finite, or NaN if the start was.
         spacing: of the numbers that f computes with, relative to their size.
     """
 
@@ -140,7 +140,9 @@ class StoppingRule:
             num_evaluations: what it has cost.
             spacing: of the numbers that f computes with, relative to their size.
         """
-        factor = float("inf") if self.divergence_factor is None else self.divergence_factor
+        limit = torch.full_like(norm, torch.finfo(norm.dtype).max)
+        if self.divergence_factor is not None:
+            limit = (self.divergence_factor * (norm + image_norm)).minimum(limit)
         counts = torch.zeros_like(norm, dtype=torch.int32)
         start = Progress(
             active=torch.ones_like(norm, dtype=torch.bool),
@@ -152,19 +154,17 @@ class StoppingRule:
             improved=torch.ones_like(norm, dtype=torch.bool),
             mark_norm=torch.full_like(norm, float("inf")),
             steps_since_mark=counts,
-            limit=factor * (norm + image_norm),
+            limit=limit,
             spacing=spacing,
         )
         return self._judge(start, norm, image_norm)
 
     def advance(self, progress: Progress, norm: Tensor, image_norm: Tensor, num_evaluations: int) -> Progress:
         """Judge the units after one more step, which cost `num_evaluations`."""
-        taken = progress.active.to(torch.int32)
         stepped = replace(
             progress,
-            num_steps=progress.num_steps + taken,
-            num_evaluations=progress.num_evaluations + taken * num_evaluations,
-            steps_since_mark=progress.steps_since_mark + taken,
+            num_steps=progress.num_steps + progress.active,
+            num_evaluations=torch.add(progress.num_evaluations, progress.active, alpha=num_evaluations),
         )
         return self._judge(stepped, norm, image_norm)
 
@@ -180,43 +180,49 @@ class StoppingRule:
         )
 
     def _judge(self, progress: Progress, norm: Tensor, image_norm: Tensor) -> Progress:
+        # A few numbers a unit: on a GPU it is the operations that cost, so there is none without use. A unit that is not
+        # finite makes every longer prefix so: norms are sums over all of it.
         active = progress.active
-        # A unit that is not finite makes every longer prefix so: norms are sums over all of it.
-        finite = torch.isfinite(norm)
         improved = active & (norm < progress.best_norm)  # never, if NaN
         best_norm = torch.where(improved, norm, progress.best_norm)
-        tolerance, spacing = self.atol + self.rtol * image_norm, progress.spacing * image_norm
-        at_floor = (tolerance < spacing / 2) & (best_norm <= AT_FLOOR * spacing)
-        marked = active & (norm < torch.where(at_floor, FLOOR_GAIN, GAIN) * progress.mark_norm)
-        marked &= ~(at_floor & (progress.steps_since_mark >= FLOOR_PATIENCE))
-        since_mark = torch.where(marked, 0, progress.steps_since_mark)
-
-        solved = _all_up_to(finite & (norm <= tolerance))
-        outcome = torch.full_like(progress.outcome, Outcome.MAX_STEPS)
+        progress = replace(progress, norm=norm, improved=improved, best_norm=best_norm)
+        tolerance = self.rtol * image_norm
+        if self.atol > 0.0:
+            tolerance = tolerance + self.atol
+        unsolved = _at_any_up_to(norm > tolerance)
+        sound = torch.maximum(norm, image_norm) <= progress.limit  # never, if NaN
+        going = active & sound & unsolved
+        outcome: Tensor | int = int(Outcome.MAX_STEPS)
         if self.patience is not None:
-            patience = torch.where(at_floor, min(self.patience, FLOOR_PATIENCE), self.patience)
-            outcome = torch.where(since_mark >= patience, int(Outcome.STALLED), outcome)
-        outcome = torch.where(solved, int(Outcome.CONVERGED), outcome)
-        too_large = (norm > progress.limit) | (image_norm > progress.limit)
-        outcome = torch.where(too_large, int(Outcome.DIVERGED), outcome)
-        outcome = torch.where(~finite, int(Outcome.NON_FINITE), outcome).to(torch.int8)
+            progress, stalled = self._mark(progress, self.patience, tolerance, image_norm)
+            going = going & ~stalled
+            outcome = torch.where(stalled, int(Outcome.STALLED), outcome)
+        outcome = torch.where(unsolved, outcome, int(Outcome.CONVERGED))
+        failure = torch.where(norm < float("inf"), int(Outcome.DIVERGED), int(Outcome.NON_FINITE))
+        outcome = torch.where(sound, outcome, failure)
 
-        failed = outcome >= Outcome.DIVERGED
-        exhausted = progress.num_steps >= self.max_steps
-        stopping = ~active | (outcome != Outcome.MAX_STEPS)
-        stops = active & (failed | exhausted | _all_up_to(stopping))
-        return replace(
-            progress,
-            active=active & ~stops,
-            outcome=torch.where(stops, outcome, progress.outcome),
-            norm=norm,
-            best_norm=best_norm,
-            improved=improved,
-            mark_norm=torch.where(marked, norm, progress.mark_norm),
-            steps_since_mark=since_mark,
-        )
+        goes_on = active & sound & (progress.num_steps < self.max_steps) & _at_any_up_to(going)
+        outcome = torch.where(active == goes_on, progress.outcome, outcome).to(torch.int8)
+        return replace(progress, active=goes_on, outcome=outcome)
+
+    def _mark(
+        self, progress: Progress, patience: int, tolerance: Tensor, image_norm: Tensor
+    ) -> tuple[Progress, Tensor]:
+        """Mark improvements, and say which units, (B, U) bool, have gone without for too long, stopped ones among them."""
+        since_mark = progress.steps_since_mark + 1
+        marked = progress.norm < GAIN * progress.mark_norm
+        allowed: Tensor | int = patience
+        if self.rtol < progress.spacing / 2:
+            spacing = progress.spacing * image_norm
+            at_floor = (tolerance < spacing / 2) & (progress.best_norm <= AT_FLOOR * spacing)
+            halved = (progress.norm < FLOOR_GAIN * progress.mark_norm) & (since_mark < FLOOR_PATIENCE)
+            marked = torch.where(at_floor, halved, marked)
+            allowed = torch.where(at_floor, min(patience, FLOOR_PATIENCE), patience)
+        since_mark = torch.where(marked, 0, since_mark)
+        mark_norm = torch.where(marked, progress.norm, progress.mark_norm)
+        return replace(progress, mark_norm=mark_norm, steps_since_mark=since_mark), since_mark >= allowed
 
 
-def _all_up_to(condition: Tensor) -> Tensor:
-    """Whether a condition holds at this unit and all before it, (B, U) bool."""
-    return condition if condition.shape[1] == 1 else (~condition).cumsum(dim=1) == 0
+def _at_any_up_to(condition: Tensor) -> Tensor:
+    """Whether a condition holds at this unit or any before it, (B, U) bool."""
+    return condition if condition.shape[1] == 1 else condition.cumsum(dim=1) > 0
