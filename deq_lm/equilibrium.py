@@ -135,7 +135,7 @@ class Equilibrium(nn.Module):
         run = partial(solve, solver=solver, stopping=stopping)
         f = self.cell.bind(x, memory, key_mask, sliding=sliding)
         z0 = torch.zeros_like(self.cell.as_state(x), dtype=torch.promote_types(x.dtype, torch.float32))
-        proposed = self._proposed(x, key_mask)
+        proposed = self.proposed_start(x, key_mask)
         if start is None and num_unrolled_steps is None:
             start = proposed
         if start is not None:
@@ -159,8 +159,8 @@ class Equilibrium(nn.Module):
         assert memory is None or isinstance(memory, Memory)
         return replace(segment, memory=self.cell.remember(f, state, x, memory))
 
-    def _proposed(self, x: Tensor, key_mask: Tensor | None) -> Tensor | None:
-        """The learned start, if there is one; at padding it is 0, which is the solution there."""
+    def proposed_start(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor | None:
+        """The learned start for an input, of the state's shape; at padding it is 0, as the solution. None without one."""
         if self.learned_start is None:
             return None
         proposed = self.cell.as_state(self.learned_start(x))

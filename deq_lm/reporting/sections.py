@@ -254,7 +254,7 @@ def _convergence(measurements: Measurements) -> Section | None:
         return None
     budget = max(result.settings.num_evaluations[-1] for result in results)
     text = (
-        "Two starts: every segment is solved from zero and from random states of the equilibrium's size, with "
+        "Two starts: every segment is solved from where the model begins and from random states of the equilibrium's size, with "
         f"{budget} evaluations; an equilibrium is one if both end in the same state."
     )
     tables = [

@@ -16,7 +16,7 @@ def two_start_rows(results: Sequence[ConvergenceResult]) -> list[Row]:
             "seed": str(result.seed),
             "distance of the two solutions, median": number(result.two_starts.median_distance, ".1e"),
             "distance, largest": number(result.two_starts.max_distance, ".1e"),
-            "nats per token from zero": number(result.two_starts.nats_per_token, ".5f"),
+            "nats per token from its own start": number(result.two_starts.nats_per_token, ".5f"),
             "from a random state": number(result.two_starts.other_nats_per_token, ".5f"),
             "spectral radius, median": number(result.contraction[-1].median_spectral_radius, ".3f"),
             "spectral radius, largest": number(result.contraction[-1].max_spectral_radius, ".3f"),

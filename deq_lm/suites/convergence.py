@@ -53,11 +53,11 @@ class BudgetPoint:
 
 @dataclass(frozen=True, kw_only=True)
 class TwoStarts:
-    """Solves from zero and from random states of the equilibrium's size, at the largest budget.
+    """Solves from the model's own start and from random states of the equilibrium's size, at the largest budget.
 
     Attributes:
         median_distance, max_distance: between the two solutions, relative to the first's norm; None if not finite.
-        nats_per_token: from zero.
+        nats_per_token: from its own start.
         other_nats_per_token: from the other start.
     """
 
@@ -178,30 +178,33 @@ class _Solves:
     def __init__(self, model: DEQLMForCausalLM, segments: Sequence[Segment]) -> None:
         assert isinstance(model.model.layers, Equilibrium)
         self.model, self.layers = model, model.model.layers
-        self.bound: list[tuple[BoundCell, Tensor, Tensor]] = []  # f, a state, targets
+        self.bound: list[tuple[BoundCell, Tensor, Tensor]] = []  # f, where its solve begins, targets
         memory, device = None, device_of(model)
         for segment in segments:
             with measuring(model), noted_bindings(self.layers) as bindings:
                 memory = model(segment.input_ids.to(device), memory=memory, return_logits=False).memory
             ((f, x),) = bindings
-            zero = torch.zeros_like(self.layers.cell.as_state(x))
-            self.bound.append((f, zero, segment.targets.to(device)))
+            with measuring(model):
+                start = self.layers.proposed_start(x)
+            if start is None:
+                start = torch.zeros_like(self.layers.cell.as_state(x))
+            self.bound.append((f, start, segment.targets.to(device)))
 
     def run(
         self, solver: FixedPointSolver, stopping: StoppingRule, starts: Sequence[Tensor] | None = None
     ) -> Iterator[_Solved]:
-        """Each segment, from zero or from `starts`."""
-        for i, (f, zero, targets) in enumerate(self.bound):
+        """Each segment, from where the model begins or from `starts`."""
+        for i, (f, start, targets) in enumerate(self.bound):
             with measuring(self.model):
-                solution = solve(f, zero if starts is None else starts[i], solver=solver, stopping=stopping)
-                hidden = self.layers.cell.read_out(solution.image.to(zero.dtype))
+                solution = solve(f, start if starts is None else starts[i], solver=solver, stopping=stopping)
+                hidden = self.layers.cell.read_out(solution.image.to(start.dtype))
                 nll, num_targets = self.model.lm_head.nll(hidden, targets, self.model.model.embed_tokens)
             yield _Solved(solution, nll.item(), int(num_targets))
 
     def guarantees(self) -> Iterator[Guarantee]:
         """What is proved of the cell, and measured of it to the tolerance of evaluation."""
         with measuring(self.model):
-            bound = [(f, zero) for f, zero, _ in self.bound]
+            bound = [(f, start) for f, start, _ in self.bound]
             yield from measure_guarantees(bound, self.layers.evaluation_stopping.rtol)
 
 

@@ -134,6 +134,7 @@ def _train(recipe: Recipe, resume: bool, held: ExitStack) -> int | None:
         teacher_sha256=teacher and teacher.sha256,
         num_taught_steps=0 if teacher is None else teacher.config.num_taught_steps(settings.num_schedule_steps),
     )
+    del teacher  # which the state lets go of when it has taught
     lock(run, accelerator, held)
     newest = checkpoint.newest_complete(run.checkpoints) if resume else None
     if newest is not None:

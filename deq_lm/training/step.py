@@ -62,6 +62,9 @@ def train_step(
     """
     settings, progress, interval = recipe.training, state.progress, state.interval
     start = time.perf_counter()
+    taught = settings.distillation
+    if taught is not None and progress.step >= taught.num_taught_steps(settings.num_schedule_steps):
+        state.teacher = state.teacher_memory = None  # what they held on the device is free
     stopping = build_stopping(state.model.config.stopping, "model.stopping")
     plan = plan_step(
         progress.step,
@@ -169,14 +172,12 @@ def compute_gradient(
     """
     settings = recipe.training
     teacher = state.teacher
-    if teacher is not None and state.progress.step >= teacher.config.num_taught_steps(settings.num_schedule_steps):
-        teacher = None
     # Streams are equally long and without padding, so every process has as many targets as this one.
     num_targets = accelerator.num_processes * sum(segment.targets.numel() for segment in segments)
     jacobian = settings.jacobian if plan.jacobian_weight else None
     nll_nats = torch.zeros((), device=accelerator.device)
     memory, measured = state.memory, dict[str, list[Tensor]]()
-    teacher_memory = None if teacher is None else state.teacher_memory
+    teacher_memory = state.teacher_memory
     for i, segment in enumerate(segments):
         # between segments nothing is exchanged; the last backward pass averages the gradient over the processes
         regularize = jacobian is not None and random.random() < jacobian.probability  # noqa: S311

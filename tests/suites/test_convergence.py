@@ -43,23 +43,39 @@ def segments_of(subject, num_segments: int) -> list[torch.Tensor]:
     return [torch.cat([segment.input_ids, segment.targets[:, -1:]], dim=1) for segment in segments]
 
 
-def test_each_budget_is_that_of_the_model_stopped_there(subjects, result):
-    model = subjects[0].trained(CPU)
-    first, second = segments_of(subjects[0], 2)
-    with torch.no_grad():
-        memory = model(first[:, :-1]).memory
-        outputs = [
-            (
-                model(first[:, :-1], targets=first[:, 1:], stopping=StoppingRule.fixed(3)),
-                model(second[:, :-1], targets=second[:, 1:], memory=memory, stopping=StoppingRule.fixed(3)),
+def assert_each_budget_is_that_of_the_model_stopped_there(subject, result) -> None:
+    model = subject.trained(CPU)
+    first, second = segments_of(subject, 2)
+    for point in result.budgets[: len(SETTINGS.num_evaluations)]:
+        assert point.solver == "Broyden (prefix)"
+        stopping = StoppingRule.fixed(point.num_evaluations - 1)
+        with torch.no_grad():
+            memory = model(first[:, :-1]).memory
+            outputs = (
+                model(first[:, :-1], targets=first[:, 1:], stopping=stopping),
+                model(second[:, :-1], targets=second[:, 1:], memory=memory, stopping=stopping),
             )
-        ][0]
-    point = next(point for point in result.budgets if point.num_evaluations == 4)
-    assert point.solver == "Broyden (prefix)"
-    nats = sum(output.nll_nats.item() for output in outputs) / (2 * first[:, 1:].numel())
-    assert point.nats_per_token == pytest.approx(nats, rel=1e-6)
-    residuals = torch.cat([output.solution.relative_residual for output in outputs])
-    assert point.max_residual == pytest.approx(residuals.max().item(), rel=1e-4)
+        nats = sum(output.nll_nats.item() for output in outputs) / (2 * first[:, 1:].numel())
+        assert point.nats_per_token == pytest.approx(nats, rel=1e-6)
+        residuals = torch.cat([output.solution.relative_residual for output in outputs])
+        assert point.max_residual == pytest.approx(residuals.max().item(), rel=1e-4, abs=1e-7)
+
+
+def test_each_budget_is_that_of_the_model_stopped_there(subjects, result):
+    assert_each_budget_is_that_of_the_model_stopped_there(subjects[0], result)
+
+
+def test_a_model_that_learns_its_start_is_measured_from_there(recipes, tmp_path):
+    mapping = yaml.safe_load(recipes["equilibrium"].read_text("utf-8"))
+    mapping["model"]["start"] = "linear"
+    mapping["training"]["output_dir"] = str(tmp_path / "run")
+    recipe = build(Recipe, mapping)
+    assert train(recipe) is None
+    subject = Subject("learned_start", recipe, RunFolder(tmp_path / "run"))
+    assert subject.trained(CPU).model.layers.learned_start.weight.abs().max() > 0
+    settings = replace(SETTINGS, solvers=(), checkpoints=False)
+    result = measure_convergence("tiny", subject, settings, CPU)
+    assert_each_budget_is_that_of_the_model_stopped_there(subject, result)
 
 
 def test_every_solver_comes_to_the_same_loss_and_residuals_fall(result):

@@ -98,17 +98,18 @@ def test_the_teacher_is_frozen_in_evaluation_mode_and_asked_until_its_share_of_t
     recipe = make_recipe(tmp_path, taught(teacher, until=0.375))  # 3 of 8 steps
     accelerator = Accelerator()
     state, *_ = make_state(recipe, accelerator)
-    before = {name: value.clone() for name, value in state.teacher.model.state_dict().items()}
+    model = state.teacher.model
+    before = {name: value.clone() for name, value in model.state_dict().items()}
     seen = []
-    state.teacher.model.register_forward_hook(
+    model.register_forward_hook(
         lambda module, *_: seen.append((state.progress.step, module.training, torch.is_grad_enabled()))
     )
     for _ in range(4):
         one_step(recipe, state, accelerator)
     assert seen == [(step, False, False) for step in (0, 0, 1, 1, 2, 2)]
-    assert all(torch.equal(value, before[name]) for name, value in state.teacher.model.state_dict().items())
-    assert not any(parameter.requires_grad for parameter in state.teacher.model.parameters())
-    assert state.teacher_memory is None  # and no longer in checkpoints
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert state.teacher is state.teacher_memory is None  # nor on the device and in checkpoints any longer
 
 
 def test_a_student_comes_closer_to_its_teacher_than_without_it(tmp_path, teacher):
