@@ -1,29 +1,48 @@
-"""What runs have logged on the way, a row for each model: losses of the validation text, and memory."""
+"""What runs have logged on the way, a row for each model: losses of the validation and of the training text, and memory."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from deq_lm.reporting.table import Row, number, ratio
 from deq_lm.suites import LearningResult
 
 MOST_COLUMNS = 8
 
+_Point = tuple[str, int, float | None]
+"""Model, tokens, nats per token."""
+
 
 def validation_rows(results: Sequence[LearningResult]) -> list[Row]:
-    """Validation loss after so many tokens, the mean where a model has several runs; a dash where one has ended before.
+    """Validation loss after so many tokens: see `_rows`."""
 
-    Of validations that are too many for a table, the last is shown and others evenly spaced before it.
+    def points() -> Iterator[_Point]:
+        for result in results:
+            training = result.recipe["training"]
+            tokens_per_step = training["batch_size"] * training["segment_length"] * training["gradient_accumulation"]
+            for point in result.validation:
+                yield result.model, point.step * tokens_per_step, point.nats_per_token
+
+    return _rows(points())
+
+
+def training_rows(results: Sequence[LearningResult]) -> list[Row]:
+    """Training loss of the steps that were logged together just before so many tokens: see `_rows`."""
+    return _rows(
+        (result.model, point.num_tokens, point.nats_per_token) for result in results for point in result.training
+    )
+
+
+def _rows(points: Iterable[_Point]) -> list[Row]:
+    """Losses by tokens, the mean where a model has several runs; a dash where one has ended before.
+
+    Of points that are too many for a table, the last is shown and others evenly spaced before it.
     """
     losses: dict[str, dict[int, list[float | None]]] = {}
-    for result in results:
-        training = result.recipe["training"]
-        tokens_per_step = training["batch_size"] * training["segment_length"] * training["gradient_accumulation"]
-        of_model = losses.setdefault(result.model, {})
-        for point in result.validation:
-            of_model.setdefault(point.step * tokens_per_step, []).append(point.nats_per_token)
+    for model, tokens, nats in points:
+        losses.setdefault(model, {}).setdefault(tokens, []).append(nats)
     budgets = sorted({tokens for of_model in losses.values() for tokens in of_model})
     every = max(1, math.ceil(len(budgets) / MOST_COLUMNS))
     shown = budgets[(len(budgets) - 1) % every :: every]

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from deq_lm.evaluation import EvaluationResult, compare, model_name
 from deq_lm.evaluation.records import Record
 from deq_lm.reporting.headline import headline_rows
-from deq_lm.reporting.learning import device_memory_rows, validation_rows
+from deq_lm.reporting.learning import device_memory_rows, training_rows, validation_rows
 from deq_lm.reporting.measurements import Measurements
 from deq_lm.reporting.plots import PLOTS
 from deq_lm.reporting.published import Published
@@ -231,10 +231,13 @@ def _learning(measurements: Measurements) -> Section | None:
         return None
     text = (
         "Seconds are steps times the time of one, measured in turns: runs may have shared their machine. Validation losses "
-        "are of the part of the validation text that the recipe scores during training; a dash is a run that ended before."
+        "are of the part of the validation text that the recipe scores during training. Training losses are means over the "
+        "steps since the run last logged, of text that is new to the model in the first pass over it. A dash is a run that "
+        "ended before."
     )
     tables = [
         Table("validation loss, nats per token, after so many tokens", validation_rows(results)),
+        Table("training loss, nats per token, just before so many tokens", training_rows(results)),
         Table("most memory allocated on the GPU", device_memory_rows(results)),
     ]
     return Section(
@@ -254,8 +257,8 @@ def _convergence(measurements: Measurements) -> Section | None:
         return None
     budget = max(result.settings.num_evaluations[-1] for result in results)
     text = (
-        "Two starts: every segment is solved from where the model begins and from random states of the equilibrium's size, with "
-        f"{budget} evaluations; an equilibrium is one if both end in the same state."
+        "Two starts: every segment is solved from the model's own start and from random states of the equilibrium's size, "
+        f"with {budget} evaluations; an equilibrium is one if both end in the same state."
     )
     tables = [
         Table("two starts, and the Jacobian at the end", two_start_rows(results)),

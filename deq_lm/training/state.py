@@ -53,8 +53,8 @@ class Progress:
 class TrainingState:
     """All that a step reads and changes, on one process; `memory` is of this process's streams, and so is the teacher's.
 
-    The teacher is dropped when it has taught its share of the steps. Its memory reaches back through its layers to text that
-    is not read again, so it is kept in checkpoints.
+    The teacher is dropped when it has taught its share of the steps. Its memory reaches back through its layers to text
+    that is not read again, so it is kept in checkpoints.
     """
 
     model: DEQLMForCausalLM

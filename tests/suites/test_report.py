@@ -15,7 +15,7 @@ import torch
 from deq_lm.errors import ConfigError, DataError
 from deq_lm.evaluation import DocumentLosses, EvaluationResult, read_record, write_record
 from deq_lm.reporting import headline_rows, read_measurements, read_published, write_report
-from deq_lm.reporting.learning import device_memory_rows, validation_rows
+from deq_lm.reporting.learning import device_memory_rows, training_rows, validation_rows
 from deq_lm.reporting.measurements import Measurements
 from deq_lm.suites.config import ConvergenceSettings, CostSettings, MemorySettings
 from deq_lm.suites.convergence import measure_convergence
@@ -92,6 +92,20 @@ def test_validation_losses_are_by_tokens_and_the_mean_of_runs_that_have_got_so_f
     (row,) = validation_rows([many])
     assert list(row)[1:] == [f"{1_000 * k * per_step / 1e6:.3g} M" for k in (1, 4, 7, 10, 13, 16, 19)]
     assert validation_rows([replace(result, validation=())]) == []
+
+
+def test_training_losses_are_those_logged_last_before_so_many_tokens(subjects):
+    result = read_learning("tiny", subjects[0])
+    points = [(1_000_000, 5.0), (2_000_000, 4.0), (3_000_000, 3.5)]
+    whole = replace(
+        result,
+        training=tuple(replace(result.training[0], num_tokens=tokens, nats_per_token=nats) for tokens, nats in points),
+    )
+    ended = replace(whole, model="ended", training=whole.training[:2])
+    assert training_rows([whole, ended]) == [
+        {"model": result.model, "1 M": "5.000", "2 M": "4.000", "3 M": "3.500"},
+        {"model": "ended", "1 M": "5.000", "2 M": "4.000", "3 M": "-"},
+    ]
 
 
 def test_the_memory_of_a_gpu_is_the_most_of_all_runs_and_steps_and_missing_without_one(subjects):
