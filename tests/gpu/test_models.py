@@ -35,6 +35,7 @@ COARSE = [{"ratio": 2, "d_model": 8, "num_heads": 2, "d_inner": 12}]
 CELLS = {
     "transformer_xl": {},
     "two_blocks": {"num_blocks": 2},
+    "gated": {"gate": "highway"},
     "multiscale": {"name": "multiscale", "injection": "residual", "coarse": COARSE},
 }
 every_cell = pytest.mark.parametrize("cell", CELLS)
@@ -164,6 +165,19 @@ def test_a_run_trains_and_reports(monkeypatch, tmp_path, precision):
     assert report["precision"] == "float32"
     assert report["causality"]["max_change_nats"] < 1e-3
     assert report["memory"][1]["equilibrium_bytes"] == report["memory"][0]["equilibrium_bytes"]
+
+
+def test_a_run_with_a_teacher_a_learned_start_and_a_spectral_penalty_trains(monkeypatch, tmp_path):
+    call(monkeypatch, recipe_in(tmp_path / "teacher"))
+    options = [
+        f"training.distillation={{teacher: {tmp_path / 'teacher' / 'run'}, weight: 1.0, temperature: 2.0, until: 0.5}}",
+        "training.jacobian={weight: 1.0e-3, probability: 1.0, growth: null, power_iterations: 2}",
+        "model.start=linear",
+    ]
+    call(monkeypatch, recipe_in(tmp_path / "taught"), *options)
+    lines = lines_of(tmp_path / "taught")
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert lines[-1]["solver_residual"] < 1
 
 
 def test_an_interrupted_run_goes_on_as_it_would_have_and_its_model_loads_on_a_cpu(monkeypatch, tmp_path):
