@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from deq_lm.evaluation import Compared, EvaluationResult, compare, is_best_by_evidence, paired_difference
 from deq_lm.reporting.measurements import Measurements
 from deq_lm.reporting.plots import own_memory
-from deq_lm.reporting.table import Row, number, ratio
+from deq_lm.reporting.table import Row, number, ratio, within
 from deq_lm.suites import CostResult, MemoryResult
 
 
@@ -60,7 +60,7 @@ def headline_rows(
 def _interval_of(row: Compared) -> str:
     """Over seeds, or of a single run over documents."""
     if row.interval is not None:
-        return f" +- {row.interval:.3f}"
+        return within(row.interval)
     documents = row.document_interval
     return "" if documents is None else f" (documents: {documents.low:.3f} to {documents.high:.3f})"
 
@@ -70,4 +70,4 @@ def _difference(results: Sequence[EvaluationResult], name: str, rival: str) -> s
     if found is None:
         return "-"
     mean, interval = found
-    return f"{mean:+.3f}" + ("" if interval is None else f" +- {interval:.3f}")
+    return f"{mean:+.3f}" + within(interval)

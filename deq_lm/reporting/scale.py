@@ -16,11 +16,13 @@ class ScalePoint:
     Attributes:
         tokens: trained on.
         nats: per token of the test text, mean over the runs.
+        interval: half the width of the 95 % interval of that mean; None of a single run.
         operations: of its training; None where its cost was not measured.
     """
 
     tokens: int
     nats: float
+    interval: float | None
     operations: float | None
 
 
@@ -38,7 +40,7 @@ def families(measurements: Measurements) -> dict[tuple[str, int], list[ScalePoin
     for row in sorted(compare(results) if results else (), key=lambda row: order.index(row.name)):
         if (tokens := row.training_tokens) is not None:
             operations = flops[row.name] * tokens if row.name in flops else None
-            point = ScalePoint(tokens, row.nats_per_token, operations)
+            point = ScalePoint(tokens, row.nats_per_token, row.interval, operations)
             found.setdefault((kinds[row.name], row.parameters.total), {}).setdefault(tokens, point)
     if all(len(points) < 2 for points in found.values()):
         return {}

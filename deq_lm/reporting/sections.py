@@ -17,7 +17,7 @@ from deq_lm.reporting.plots import PLOTS
 from deq_lm.reporting.published import Published
 from deq_lm.reporting.scale import ScalePoint, families
 from deq_lm.reporting.solves import budget_rows, gradient_rows, guarantee_rows, two_start_rows
-from deq_lm.reporting.table import Row, Table, in_units, number, ratio
+from deq_lm.reporting.table import Row, Table, in_units, number, ratio, within
 from deq_lm.structure import differences
 from deq_lm.suites import DECIDES_NO_WEIGHT, ConvergenceResult, CostResult, LearningResult, MemoryResult
 from deq_lm.suites.gradient_error import CLOSE
@@ -218,7 +218,9 @@ def _scale(measurements: Measurements) -> Section | None:
             for (kind, size), points in lines.items()
         ]
 
-    tables = [Table("test loss, nats per token", rows(lambda point: number(point.nats, ".3f")))]
+    tables = [
+        Table("test loss, nats per token", rows(lambda point: number(point.nats, ".3f") + within(point.interval)))
+    ]
     if any(point.operations is not None for points in lines.values() for point in points):
         tables.append(Table("10^12 operations of training", rows(lambda point: in_units(point.operations, 1e12))))
     text = "Every number of tokens has a schedule of its own, whose rate falls to its end."

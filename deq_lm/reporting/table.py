@@ -21,6 +21,11 @@ def number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
+def within(half_width: float | None) -> str:
+    """What follows a mean that has an interval; nothing for None."""
+    return "" if half_width is None else f" +- {half_width:.3f}"
+
+
 def in_units(value: float | None, unit: float) -> str:
     """The value in so many units, with one decimal; a dash for None."""
     return "-" if value is None else f"{value / unit:,.1f}"
