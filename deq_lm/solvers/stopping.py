@@ -189,20 +189,21 @@ class StoppingRule:
         tolerance = self.rtol * image_norm
         if self.atol > 0.0:
             tolerance = tolerance + self.atol
-        unsolved = _at_any_up_to(norm > tolerance)
-        sound = torch.maximum(norm, image_norm) <= progress.limit  # never, if NaN
-        going = active & sound & unsolved
-        outcome: Tensor | int = int(Outcome.MAX_STEPS)
+        solved = ~_any_up_to(norm > tolerance)
+        failed = ~(torch.maximum(norm, image_norm) <= progress.limit)  # always, if NaN
+        settled = solved | failed
+        outcome = torch.full_like(progress.outcome, Outcome.MAX_STEPS)
         if self.patience is not None:
             progress, stalled = self._mark(progress, self.patience, tolerance, image_norm)
-            going = going & ~stalled
-            outcome = torch.where(stalled, int(Outcome.STALLED), outcome)
-        outcome = torch.where(unsolved, outcome, int(Outcome.CONVERGED))
-        failure = torch.where(norm < float("inf"), int(Outcome.DIVERGED), int(Outcome.NON_FINITE))
-        outcome = torch.where(sound, outcome, failure)
+            settled |= stalled
+            outcome.masked_fill_(stalled, Outcome.STALLED)
+        outcome.masked_fill_(solved, Outcome.CONVERGED)
+        outcome.masked_fill_(failed, Outcome.DIVERGED)
+        outcome.masked_fill_(~(norm < float("inf")), Outcome.NON_FINITE)
 
-        goes_on = active & sound & (progress.num_steps < self.max_steps) & _at_any_up_to(going)
-        outcome = torch.where(active == goes_on, progress.outcome, outcome).to(torch.int8)
+        waits = _any_up_to(active & ~settled)  # for itself or one before it
+        goes_on = active & waits & ~failed & (progress.num_steps < self.max_steps)
+        outcome = torch.where(active == goes_on, progress.outcome, outcome)
         return replace(progress, active=goes_on, outcome=outcome)
 
     def _mark(
@@ -218,11 +219,11 @@ class StoppingRule:
             halved = (progress.norm < FLOOR_GAIN * progress.mark_norm) & (since_mark < FLOOR_PATIENCE)
             marked = torch.where(at_floor, halved, marked)
             allowed = torch.where(at_floor, min(patience, FLOOR_PATIENCE), patience)
-        since_mark = torch.where(marked, 0, since_mark)
+        since_mark.masked_fill_(marked, 0)
         mark_norm = torch.where(marked, progress.norm, progress.mark_norm)
         return replace(progress, mark_norm=mark_norm, steps_since_mark=since_mark), since_mark >= allowed
 
 
-def _at_any_up_to(condition: Tensor) -> Tensor:
+def _any_up_to(condition: Tensor) -> Tensor:
     """Whether a condition holds at this unit or any before it, (B, U) bool."""
     return condition if condition.shape[1] == 1 else condition.cumsum(dim=1) > 0
