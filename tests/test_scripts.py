@@ -38,7 +38,7 @@ MISTAKES = {
     "eval/benchmarks/robustness.py": ["--quick", "--model", "missing"],
     **{
         f"eval/benchmarks/{name}.py": ["--output", "missing/out.json"]
-        for name in ("generation", "monotone", "multiscale", "resolvent", "solvers", "training_step")
+        for name in ("generation", "monotone", "multiscale", "resolvent", "solvers", "starts", "training_step")
     },
 }
 

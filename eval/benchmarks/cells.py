@@ -11,7 +11,7 @@ from deq_lm.cells.base import BoundCell, Cell
 from deq_lm.cells.transformer_xl import TransformerXLCell
 from deq_lm.data.encoding import prepare
 from deq_lm.equilibrium import Equilibrium
-from deq_lm.errors import CheckpointError
+from deq_lm.errors import CheckpointError, DataError
 from deq_lm.evaluation.loading import load_model, model_folder
 from deq_lm.modeling import DEQLMForCausalLM
 from deq_lm.training.recipe import load_recipe
@@ -35,10 +35,19 @@ def load_benchmark_model(run: Path, device: torch.device) -> DEQLMForCausalLM:
     return model.to(device)  # pyright: ignore[reportArgumentType]  (the library's signature)
 
 
-def token_ids(run: Path, device: torch.device) -> Tensor:
-    """The first tokens of the test split of the run's corpus, cut into streams: (BATCH, LENGTH) int64."""
+def token_ids(run: Path, device: torch.device, *, length: int = LENGTH) -> Tensor:
+    """The first tokens of the test split of the run's corpus, cut into streams: (BATCH, length) int64.
+
+    Raises:
+        DataError: it has fewer.
+    """
     tokens = prepare(load_recipe(run / "recipe.yaml").data).splits["test"].tokens
-    return torch.as_tensor(tokens[: BATCH * LENGTH].astype("int64"), device=device).view(BATCH, LENGTH)
+    if len(tokens) < BATCH * length:
+        raise DataError(
+            f"{run}: its test split has {len(tokens):,} tokens, and {BATCH} streams of {length:,} are {BATCH * length:,}. "
+            "Ask for fewer, or give a run on a longer text."
+        )
+    return torch.as_tensor(tokens[: BATCH * length].astype("int64"), device=device).view(BATCH, length)
 
 
 def embed(model: DEQLMForCausalLM, input_ids: Tensor) -> Tensor:

@@ -37,6 +37,7 @@ WORK = {
     "eval/benchmarks/reversible.py": ("measure",),
     "eval/benchmarks/robustness.py": ("run_suite",),
     "eval/benchmarks/solvers.py": ("deq_lm.evaluation.loading.load_model",),
+    "eval/benchmarks/starts.py": ("deq_lm.evaluation.loading.load_model",),
     "eval/benchmarks/training_step.py": ("deq_lm.evaluation.loading.load_model",),
     "eval/reliability/canary.py": ("make_model",),
     "eval/reliability/fuzz.py": ("run_fuzz",),
