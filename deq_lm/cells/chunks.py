@@ -10,6 +10,9 @@ from torch import Tensor
 
 from deq_lm.cells.memory import Past
 
+NOTHING = -1
+"""In an index: there is no such element, and what is taken is zero."""
+
 
 @dataclass(frozen=True)
 class Timeline:
@@ -19,7 +22,8 @@ class Timeline:
     numbers of chunks, the slots that one has too many are the first of memory and the last of the segment.
 
     Attributes:
-        position: where an element ends, in memory and segment together, (B, M + N) int64.
+        position: where an element ends, in memory and segment together, (B, M + N) int64; NOTHING in slots left over, so
+            that nobody takes a row that is not there.
         present: False for padding and for slots left over, (B, M + N) bool.
         num_past: M.
         first: of those present, the first one's number in the whole text, which begins with 0: (B,) int64.
@@ -79,7 +83,7 @@ def coarsen(fine: Timeline, ratio: int) -> tuple[Timeline, Chunks]:
 
     rank = chunk[:, :, None] * ratio + torch.arange(ratio, device=new.device) - fine.first[:, None, None]
     member = by_rank.gather(1, rank.clamp(0, size - 1).flatten(1)).view_as(rank)  # (B, M + N, k)
-    position = fine.position.gather(1, member[:, :, -1])
+    position = torch.where(present, fine.position.gather(1, member[:, :, -1]), NOTHING)
     known = (present[:, :, None] & (rank >= 0))[:, most_past:]
     member = member[:, most_past:]
     is_past = member < num_past
@@ -95,10 +99,6 @@ def coarsen(fine: Timeline, ratio: int) -> tuple[Timeline, Chunks]:
         past_held=torch.where(is_there, place, NOTHING),
         held=torch.where(fine_new & (newest >= 0), newest * ratio + place, NOTHING),
     )
-
-
-NOTHING = -1
-"""In an index: there is no such element, and what is taken is zero."""
 
 
 def chunk_ends(timeline: Timeline, past_length: int) -> Tensor:

@@ -174,6 +174,20 @@ def test_sequences_of_a_batch_have_chunks_of_their_own():
     )
 
 
+@pytest.mark.parametrize("kept", [False, True], ids=["memory", "cache"])
+def test_a_text_of_a_batch_may_begin_after_the_memory_of_the_others(kept: bool):
+    """The last one: what is taken of its memory by mistake would be beyond the batch's end."""
+    cell, x, then = make(), inputs(6, batch=2), inputs(7, batch=2, seed=5)
+    mask = torch.tensor([[True], [False]]).expand(2, 6)
+    first = solved(cell, x, key_mask=mask)
+    f = cell.bind(x, key_mask=mask, sliding=kept)
+    past = (cell.keep if kept else cell.remember)(f, first, x, None).mark_padding(mask)
+    with torch.no_grad():
+        after = SOLVE(cell.bind(then, past, sliding=kept), torch.zeros_like(cell.as_state(then))).image
+    torch.testing.assert_close(after[1:], solved(cell, then[1:]), rtol=0, atol=1e-11)
+    torch.testing.assert_close(after[:1], solved(cell, torch.cat([x, then], dim=1)[:1])[:, 6:], rtol=0, atol=1e-11)
+
+
 @pytest.mark.parametrize("window", [1, 3])
 def test_chunks_see_farther_than_the_window_of_the_tokens(window: int):
     cell = make(attention_window=window)
