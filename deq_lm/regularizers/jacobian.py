@@ -94,7 +94,8 @@ def _turned_to_the_largest_gain(image: Tensor, z: Tensor, direction: Tensor, num
     for _ in range(num_iterations):
         (pulled,) = torch.autograd.grad(image, z, direction, retain_graph=True)
         (pushed,) = torch.autograd.grad(transposed, any_vector, pulled, retain_graph=True)
-        direction = pushed * (length / _norms(pushed).clamp_min(torch.finfo(pushed.dtype).tiny))
+        # Where J is 0, `pushed` stays 0: length / tiny would be inf, and 0 times that NaN.
+        direction = pushed * (length / _norms(pushed).clamp_min(length * torch.finfo(pushed.dtype).tiny))
     return direction
 
 

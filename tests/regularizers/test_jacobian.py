@@ -138,12 +138,20 @@ def test_of_an_orthogonal_map_all_gains_are_the_same_and_so_are_both_norms():
     assert sum(draws) / 200 == pytest.approx(0.49, rel=0.05)
 
 
-def test_the_spectral_norm_of_a_map_that_is_constant_is_zero_with_a_gradient_that_is_finite():
-    scale = torch.zeros((), dtype=torch.float64, requires_grad=True)
-    value = jacobian_spectral(lambda z: scale * z, torch.ones(2, 3, 4, dtype=torch.float64), power_iterations=2)
+@pytest.mark.parametrize("shape", [(2, 3, 4), (2, 30, 40)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_spectral_norm_of_a_map_that_is_constant_is_zero_with_a_gradient_that_is_finite(shape, dtype):
+    scale = torch.zeros((), dtype=dtype, requires_grad=True)
+    value = jacobian_spectral(lambda z: scale * z, torch.ones(shape, dtype=dtype), power_iterations=2)
     (gradient,) = torch.autograd.grad(value, scale)
     assert value == 0
     assert gradient == 0
+
+
+def test_a_sequence_that_f_does_not_depend_on_adds_nothing_to_the_spectral_norm_of_the_others():
+    weight = torch.tensor([0.5, 0.0, 0.5])[:, None, None]
+    value = jacobian_spectral(lambda z: weight * z, torch.ones(3, 30, 40), power_iterations=2)
+    assert value.item() == pytest.approx(0.25 * 2 / 3)
 
 
 def test_without_power_iterations_there_is_no_spectral_norm():
