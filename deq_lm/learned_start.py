@@ -6,8 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deq_lm.solvers.norms import relative
-
 
 class LearnedStart(nn.Module):
     """Reads the injected input of one position at a time, so that it is causal and the same for any cut of a text.
@@ -36,7 +34,11 @@ class LearnedStart(nn.Module):
 
     @staticmethod
     def error(proposed: Tensor, z: Tensor) -> Tensor:
-        """||z0 - z*||^2 / ||z*||^2 of each sequence, their mean, 0-dim; 1 where z0 is 0. No gradient reaches z*."""
+        """||z0 - z*||^2 / ||z*||^2 of each sequence, their mean, 0-dim; 1 where z0 is 0. No gradient reaches z*.
+
+        Of a sequence whose z* is 0 (a sparse cell's may be) it is ||z0||^2: relative to 0 it would have no finite gradient.
+        """
         z = z.detach()
         difference = (proposed - z).flatten(1).square().sum(dim=1)  # (B,)
-        return relative(difference, z.flatten(1).square().sum(dim=1)).mean()
+        size = z.flatten(1).square().sum(dim=1)
+        return (difference / torch.where(size > 0, size, 1.0)).mean()

@@ -89,6 +89,20 @@ def test_its_error_is_the_squared_distance_to_the_equilibrium_relative_to_its_sq
     torch.testing.assert_close(segment.start_error, expected)
 
 
+def test_where_the_equilibrium_is_zero_the_error_and_its_gradient_are_finite_and_pull_to_zero():
+    start, x, z = LearnedStart(4), torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+    z[0] = 0.0
+    error = LearnedStart.error(start(x), z)
+    error.backward()
+    assert error == 0.5  # of the other sequence: 1
+    assert start.weight.grad.isfinite().all()
+    nn.init.ones_(start.bias)
+    far = LearnedStart.error(start(x[:1]), z[:1])
+    assert far == 12.0
+    (pull,) = torch.autograd.grad(far, start.bias)
+    assert torch.equal(pull, torch.full((4,), 6.0))
+
+
 def test_nothing_but_the_start_learns_from_its_error_and_the_start_learns_from_nothing_else():
     layer, start, x = affine()
     x.requires_grad_()
