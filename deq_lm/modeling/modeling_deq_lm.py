@@ -216,9 +216,11 @@ class DEQLMModel(DEQLMPreTrainedModel):
                 memory, start = layer.memory, layer.start
             attention_mask = mask_of_new(attention_mask, input_ids, layer.get_seq_length())
         check_inputs(input_ids, attention_mask, memory)
-        if num_unrolled_steps is not None and (stopping is not None or adjoint is not None):
+        of_a_solve = {"stopping": stopping, "max_evaluations": max_evaluations, "adjoint": adjoint}
+        given = [name for name, value in of_a_solve.items() if value is not None]
+        if num_unrolled_steps is not None and given:
             raise ValueError(
-                "Give stopping or adjoint (of the solve) or num_unrolled_steps (instead of a solve), not both."
+                f"Give {' and '.join(given)} (of a solve) or num_unrolled_steps (instead of a solve), not both."
             )
         if estimate_jacobian and self.is_compiled:
             raise ValueError(
@@ -358,8 +360,8 @@ class DEQLMForCausalLM(EquilibriumGenerationMixin, DEQLMPreTrainedModel):
             raise ValueError(
                 f"DEQLMForCausalLM got {', '.join(refused)}, which it does not support; it takes input_ids, "
                 "attention_mask, labels or targets, memory, past_key_values, use_cache, sliding, stopping, "
-                "max_evaluations, adjoint, num_unrolled_steps, return_logits, return_target_nats, logits_to_keep, "
-                "output_hidden_states."
+                "max_evaluations, adjoint, num_unrolled_steps, estimate_jacobian, power_iterations, return_logits, "
+                "return_target_nats, logits_to_keep, output_hidden_states, return_dict."
             )
         if isinstance(logits_to_keep, int) and logits_to_keep < 0:
             raise ValueError(f"logits_to_keep={logits_to_keep}: expected 0 (all positions) or more, or indices.")

@@ -426,6 +426,8 @@ def test_arguments_that_would_be_ignored_are_refused(ids: Tensor):
         model(ids, stopping=StoppingRule(), num_unrolled_steps=2)
     with pytest.raises(ValueError, match=r"adjoint.*num_unrolled_steps.*not both"):
         model(ids, adjoint=Phantom(), num_unrolled_steps=2)
+    with pytest.raises(ValueError, match=r"max_evaluations.*num_unrolled_steps.*not both"):
+        model(ids, max_evaluations=3, num_unrolled_steps=2)
 
 
 @pytest.mark.parametrize(
