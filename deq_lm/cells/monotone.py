@@ -198,7 +198,8 @@ class MonotoneCell(Cell):
         share = _shrink(total, mixing)
         with torch.no_grad():
             lipschitz = spectral_norm_bound(identity - own) + share * total
-        return torch.cat([own, *(share * taps)], dim=1), lipschitz
+        # side by side, also where there are none: parameters without a gradient would stop DDP
+        return torch.cat([own, (share * taps).transpose(0, 1).flatten(1)], dim=1), lipschitz
 
     @property
     def num_visible(self) -> int:

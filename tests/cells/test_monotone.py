@@ -151,6 +151,12 @@ def test_an_evaluation_with_memory_equals_loops_over_the_whole_past(options: dic
     torch.testing.assert_close(second, expected[:, PAST:], rtol=0, atol=1e-12)
 
 
+def test_taps_that_are_none_have_a_gradient_too_as_ddp_expects_of_every_parameter():
+    cell = make(num_taps=0)
+    cell.bind(states(LENGTH, 2))(states(LENGTH, 1)).sum().backward()
+    assert [name for name, parameter in cell.named_parameters() if parameter.grad is None] == []
+
+
 def test_the_parts_put_together_are_f_to_the_bit_and_attention_is_not_computed_again():
     cell = make()
     f = cell.bind(states(LENGTH, 2), Memory(states(PAST, 3), states(PAST, 4)))
