@@ -72,7 +72,7 @@ class BoundCell(KnownPrecision):
     product over positions and never keeps a solve going.
 
     Attributes:
-        evaluate: (z, tensors) -> f(z), both (B, L, D); pure.
+        evaluate: (z, tensors) -> f(z), both (B, L, ...), of the shape that `Cell.as_state` gives; pure.
         tensors: what f reads, by name.
         batch_axes: of those that differ between sequences, which axis is B; all others are shared by the sequences.
         dtype: what f computes in. A solver's state is wider where this is half precision, and is converted at the door.

@@ -39,14 +39,15 @@ class Timeline:
 class Chunks:
     """How one rate is made of the next finer one, k elements a chunk, and read by it.
 
-    All are indices for `take`, as are those of `chunk_ends` and `slots`: `members` into the finer elements that make a
-    chunk, in memory and in the segment, and `held` into the places of the chunks: element i is to read the newest chunk
-    that was complete before it, at chunk * k + i's own place in the chunk that it is in. Of memory there is but one such
-    chunk, its newest.
+    All are indices for `take`, as are those of `chunk_ends` and `slots`. A chunk may begin in memory and end in the
+    segment, and an element may read a chunk of either: hence two indices of each kind, of which one is NOTHING wherever the
+    other names something.
 
     Attributes:
-        past_members, members: (B, N_coarse, k).
-        past_held, held: (B, N_fine).
+        past_members, members: (B, N_coarse, k): the k finer elements that make each of the segment's chunks.
+        past_held, held: (B, N_fine): what a finer element of the segment reads, which is the newest chunk that was complete
+            before it, by the matrix for its own place in its own chunk: chunk k + place. `past_held` is the place alone,
+            since only memory's newest chunk is ever read.
     """
 
     past_members: Tensor

@@ -32,9 +32,10 @@ class TransformerXLConfig(CellConfig):
             "pre": h = LN(z + attention(LN z)), f = h + ffn(h). The residual of the second half starts from the normalized
             value: with a plain residual stream, z + ..., the identity is part of f and its spectral radius is 1 or more.
         norm_attention: layer normalization of the attention vector, all heads together, before it is merged.
-        gate: how a branch b of what h is joined to the carried c, in both halves: None as c + b, "highway" as
-            2 (g c + (1 - g) b) with g = sigmoid(W h + a) of each feature. W and a begin at 0, where that is c + b; they are
-            2 D (D + 1) more parameters a block. The input of injection "residual" is added as it is.
+        gate: how the result b of attention, and that of the feed-forward network, is joined to the value c that passes it
+            by: None adds them, c + b; "highway" gives 2 (g c + (1 - g) b), with a gate g = sigmoid(W h + a) for each
+            feature, h being what attention or network has read. W and a begin at 0, where that is c + b; they are
+            2 D (D + 1) more parameters a block. The input of injection "residual" is added afterwards, not gated.
         weight_norm: weight normalization of every linear map but those of gates, which begin at 0; computed once per solve.
         dropout: probability of the variational masks on the outputs of attention and feed-forward network, in [0, 1).
         injection: where x enters: "attention", as W_x x in queries, keys and values, which is the papers' way; "residual",
@@ -304,7 +305,7 @@ def _two_layers(rows: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
 
 
 def _joined(carried: Tensor, branch: Tensor, read: Tensor, tensors: Mapping[str, Tensor], gate: str) -> Tensor:
-    """The residual sum, by the gate of that name if there is one; `read` is what the branch is of."""
+    """The residual sum, gated if there is a gate of that name, which looks at what the branch has `read`."""
     if gate not in tensors:
         return carried + branch
     share = torch.sigmoid(F.linear(read, tensors[gate], tensors[f"{gate}_bias"]))

@@ -119,8 +119,9 @@ class EquilibriumCache(Cache):
     one text, and to the weights that it was made with.
 
     Args:
-        warm_start: begin every solve at f(z*) of the position before, instead of at zero as in training. Where it was
-            measured (eval/results/generation.json) it saves next to nothing, so that it is off.
+        warm_start: begin every solve at f(z*) of the position before, instead of where it begins in training: at zero, or
+            at the model's learned start. Where it was measured (eval/results/generation.json, from zero) it saves next to
+            nothing, so that it is off.
     """
 
     def __init__(self, *, warm_start: bool = False) -> None:

@@ -16,7 +16,7 @@ class EquilibriumGenerationMixin(GenerationMixin):
     """The library's generation, of a model that solves for one position a token."""
 
     def generate(self: Any, inputs: Tensor | None = None, *arguments: Any, **options: Any) -> Any:
-        """As the library's; a new token is a solve over its own position, from zero.
+        """As the library's; a new token is a solve over its own position, which begins where those of training do.
 
         Every token sees the `mem_len` tokens before it, the prompt's, too, or all of them in a model without memory.
         `max_evaluations` is the compute a token may take, and `past_key_values=EquilibriumCache()` tells what each took.

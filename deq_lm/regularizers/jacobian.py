@@ -29,7 +29,8 @@ def jacobian_frobenius(f: Callable[[Tensor], Tensor], z: Tensor, *, generator: t
         generator: draws e; None is the global one.
 
     Returns:
-        0-dim; about the square of the mean singular value, so below 1 for a contraction.
+        0-dim; an estimate of the mean of the squared singular values, so below 1 for a contraction (but the largest may be
+        above 1 all the same).
 
     References:
         Bai, Koltun, Kolter 2021, "Stabilizing equilibrium models by Jacobian regularization", equation 8.

@@ -6,17 +6,18 @@ why position t stops is thus a function of tokens <= t, and every prefix is solv
 there. A unit that has stopped is frozen. It may converge or stall only together with or after all units before it, whose
 later moves would change its image; one that diverges, or has no steps left, is frozen at once.
 
-Where the tolerance is finer than f's numbers (1e-3 in bfloat16) no unit converges, and the residual ends in noise, whose
-records go on improving by a few per cent for as long as one waits. There, once the residual is no larger than 1.5 times the
-spacing of f's numbers (`norms.spacing`), a unit stalls at the fifth step if the four before it have not halved it, and what
-it then wins by chance does not bring it back. So does a solve that still converges, but by less than half in four steps.
-A tolerance of half the spacing or more (6e-8 in float32) knows nothing of all this.
+Where the tolerance is finer than f's numbers (1e-3 in bfloat16) no unit can converge: its residual falls to the size of
+f's rounding and then fluctuates. The smallest value so far still improves by a few per cent now and then, so that
+`patience` alone would wait for ever. Hence a stricter test at this floor. Once a unit's residual has been below 1.5 times
+the spacing of f's numbers (`norms.spacing`), it has to halve within four steps, each time anew, or the unit stalls at the
+fifth. (A solve that still converges there, but more slowly than that, is ended as well.) The test applies only where the
+tolerance is below half the spacing: in float32, 6e-8.
 
 How soon that is: of trained Transformer-XL cells, on which the constants below were chosen, and of multiscale ones, on
 which they were not, Broyden's and Anderson's solves in bfloat16 end within five evaluations of twice their least residual
 in half to all of the sequences, and within eleven in all. A map that does not contract has no floor that plain iteration
-reaches, and ends by `patience` or its steps. An adjoint equation's floor is lower: it is taken
-to be a quarter of the spacing.
+reaches, and ends by `patience` or its steps. An adjoint equation's floor is lower: it is taken to be a quarter of the
+spacing.
 """
 
 from __future__ import annotations

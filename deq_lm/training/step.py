@@ -27,7 +27,8 @@ from deq_lm.training.recipe import Recipe
 from deq_lm.training.state import TrainingState
 
 START_WEIGHT = 1.0e-2
-"""Of the learned start's own regression. Adam takes no notice, and the norm that clips the gradient hardly does."""
+"""Of the learned start's regression in the loss. How fast it learns does not depend on it, since Adam divides a gradient
+by its size; but the smaller, the less it counts in the norm by which the gradient of all parameters is clipped."""
 
 MEMORY_OF_LOSS = 10
 """Steps that the running mean of the loss goes back over, against which a spike is seen."""
@@ -166,9 +167,12 @@ def compute_gradient(
 ) -> Gradient:
     """Forward and backward passes of a step, and what is to be known of them on all processes.
 
-    The gradient is that of (nats of all processes and segments) / (their targets): summed, and divided once. To it comes
-    that of the Jacobian's estimate, a mean over the segments regularized or not, and that of the distillation, divided as
-    the nats are.
+    The loss is a sum of
+
+    - the nats of all processes and segments, divided once by the number of their targets;
+    - likewise the distillation's term, while there is a teacher;
+    - the Jacobian's estimate, its sum over the segments that are regularized divided by the number of all segments;
+    - a learned start's error, its mean over the segments.
     """
     settings = recipe.training
     teacher = state.teacher
