@@ -205,3 +205,10 @@ class ProjectedMemory(Past):
         weights = {name: tensor for i, part in enumerate(parts) for name, tensor in as_part(part.weights, i).items()}
         features = torch.cat([part.features for part in parts], dim=-1)
         return replace(parts[0], features=features, weights=weights)
+
+
+def known_weights(past: Past | None) -> Mapping[str, Tensor]:
+    """What binding need not compute of the parameters again; nothing, where their gradient is asked for."""
+    if isinstance(past, ProjectedMemory) and not torch.is_grad_enabled():
+        return past.weights
+    return {}

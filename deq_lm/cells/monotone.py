@@ -16,7 +16,7 @@ from deq_lm.autocast import Autocast
 from deq_lm.cells.attention_mask import attention_mask
 from deq_lm.cells.base import BoundCell, Cell, CellConfig, check_inputs
 from deq_lm.cells.causal_operator import CausalOperator
-from deq_lm.cells.memory import Past, ProjectedMemory
+from deq_lm.cells.memory import Past, known_weights
 from deq_lm.cells.norm_bound import spectral_norm_bound
 from deq_lm.cells.prox import Prox, relu, soft_threshold, tanh
 from deq_lm.cells.proximal_map import ProximalMap
@@ -210,7 +210,7 @@ class MonotoneCell(Cell):
     ) -> BoundMonotoneCell:
         check_inputs(self.config.d_model, 3 * self.config.d_model, x, memory, key_mask)
         device_type = x.device.type
-        weights = memory.weights if isinstance(memory, ProjectedMemory) else {}
+        weights = known_weights(memory)
         if not weights:
             with torch.autocast(device_type, enabled=False):
                 blocks, lipschitz = self.operator()

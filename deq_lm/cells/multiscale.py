@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations
 from deq_lm.autocast import Autocast
 from deq_lm.cells.base import BoundCell, Cell, check_inputs
 from deq_lm.cells.chunks import Timeline, chunk_ends, coarsen, slots, take, tokens
-from deq_lm.cells.memory import Memory, Past, ProjectedMemory, as_part, part_of
+from deq_lm.cells.memory import Memory, Past, ProjectedMemory, as_part, known_weights, part_of
 from deq_lm.cells.transformer_xl import TransformerXLCell, TransformerXLConfig, draw_linear
 
 
@@ -163,9 +163,8 @@ class MultiscaleCell(Cell):
         width = sum(self.config.widths)
         check_inputs(self.config.d_model, 3 * width, x, memory, key_mask, state_width=width)
         autocast = Autocast.current(x.device.type)
-        if isinstance(memory, ProjectedMemory) and memory.weights:
-            mixing = part_of(memory.weights, "mixing")
-        else:
+        mixing = part_of(known_weights(memory), "mixing")
+        if not mixing:
             mixing = {
                 f"{name}.{i}": autocast.convert(linear.weight)
                 for name, linears in (("down", self.down), ("up", self.up))

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from deq_lm.autocast import Autocast
 from deq_lm.cells.attention_mask import attention_mask
 from deq_lm.cells.base import UNLIMITED, BoundCell, Cell, CellConfig, check_inputs
-from deq_lm.cells.memory import Past, ProjectedMemory
+from deq_lm.cells.memory import Past, known_weights
 from deq_lm.cells.relative_position import by_key, sinusoids
 from deq_lm.cells.variational_dropout import variational_mask
 
@@ -161,7 +161,7 @@ class TransformerXLCell(Cell):
         num_keys = x.shape[1] + (0 if memory is None else memory.length)
         autocast = Autocast.current(x.device.type)
         window = min(self.num_visible + 1 if sliding else UNLIMITED, self.config.attention_window or UNLIMITED)
-        weights = memory.weights if isinstance(memory, ProjectedMemory) else {}
+        weights = known_weights(memory)
         if not weights or num_keys >= weights["distances"].shape[-1]:
             # in generation for more keys than there are yet, so that it is not for every token
             weights = self._weights(max(num_keys, min(window, 2 * num_keys)) if sliding else num_keys, autocast, x)

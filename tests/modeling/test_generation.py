@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -359,6 +360,31 @@ def test_a_cache_is_a_past_without_a_gradient(prompts: Tensor):
     for _ in range(2):  # one past, whose weights have a gradient of their own each time
         model(prompts, labels=prompts, past_key_values=copy.deepcopy(cache)).loss.backward()
     assert kept.get_seq_length() == 5
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_after_a_cache_the_gradient_is_that_of_the_new_tokens_by_the_present_weights(name: str, prompts: Tensor):
+    model, cache = MODELS[name](), EquilibriumCache()
+    with torch.no_grad():
+        model(prompts, past_key_values=cache)
+
+    def loss() -> Tensor:
+        return model(prompts, targets=prompts, past_key_values=copy.deepcopy(cache)).loss
+
+    loss().backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    directions = {name: torch.randn_like(parameter) for name, parameter in model.named_parameters()}
+    found = sum((gradients[name] * directions[name]).sum() for name in directions)
+    losses = []
+    cache.layer.memory = replace(cache.layer.memory, weights={})  # the past as it is, the weights anew
+    for sign in (1.0, -1.0):
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter += sign * 1e-6 * directions[name]
+            losses.append(loss())
+            for name, parameter in model.named_parameters():
+                parameter -= sign * 1e-6 * directions[name]
+    torch.testing.assert_close(found, (losses[0] - losses[1]) / 2e-6, rtol=1e-5, atol=1e-9)
 
 
 def test_a_mask_is_of_the_new_tokens_or_of_all(prompts: Tensor):
