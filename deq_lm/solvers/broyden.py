@@ -138,7 +138,7 @@ class Broyden(FixedPointSolver):
         gamma = products.solve(products.matrix, products.projections)
         proposal = pairs.correct_(torch.zeros_like(state.image, memory_format=torch.contiguous_format), IMAGES, -gamma)
         length = unit_norm(proposal, self.scope)
-        allowed = self.max_step * products.residual_norm
+        allowed = self.max_step * unit_norm(state.residual, self.scope)
         factor = torch.where(length > allowed, allowed / length, 1.0)
         return proposal.mul_(over(factor, proposal)).add_(state.image)
 

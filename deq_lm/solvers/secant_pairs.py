@@ -37,13 +37,11 @@ class PairProducts:
         matrix: <w_i, delta_residual_j>, (B, U, m, m).
         projections: <w_i, residual>, (B, U, m).
         usable: which pairs count, (B, U, m) bool: not forgotten, and no rounding of the larger ones.
-        residual_norm: ||residual|| of each unit, (B, U), frozen or not.
     """
 
     matrix: Tensor
     projections: Tensor
     usable: Tensor
-    residual_norm: Tensor
 
     def solve(self, matrix: Tensor, projections: Tensor) -> Tensor:
         """gamma, (B, U, m), of a system made from this one; 0 for pairs that do not count, and where it has no solution."""
@@ -109,8 +107,7 @@ class SecantPairs:
         del residual  # the caller's only one, and as large as what follows
 
         history = self._history
-        residual_norm = accumulate(square).sqrt()
-        self._forget_if_grown(residual_norm if active is None else accumulate(square * active).sqrt())
+        self._forget_if_grown(accumulate(square if active is None else square * active).sqrt())
         squares = history.oldest_first(self._sum(self._squares[:, :, : len(history)], active))
         usable = history.oldest_first(history.usable)
         largest = torch.where(usable, squares, 0.0).amax(dim=-1, keepdim=True)
@@ -123,7 +120,6 @@ class SecantPairs:
             self._sum(self._matrix.oldest_first(history), active),
             self._sum(history.oldest_first(self._projections), active),
             usable,
-            residual_norm,
         )
 
     def _update(self, residual: Tensor) -> None:
