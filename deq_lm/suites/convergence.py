@@ -183,8 +183,7 @@ class _Solves:
         for segment in segments:
             with measuring(model), noted_bindings(self.layers) as bindings:
                 memory = model(segment.input_ids.to(device), memory=memory, return_logits=False).memory
-            ((f, x),) = bindings
-            with measuring(model):
+                ((f, x),) = bindings
                 start = self.layers.proposed_start(x)
             if start is None:
                 start = torch.zeros_like(self.layers.cell.as_state(x))

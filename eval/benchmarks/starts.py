@@ -33,7 +33,7 @@ STARTS: Mapping[str, Callable[[Tensor], Tensor]] = {
 
 @torch.no_grad()
 def solves(model: DEQLMForCausalLM, input_ids: Tensor, length: int, rtol: float) -> dict[str, list[Solution]]:
-    """By start, the solves of all segments of `input_ids`, (B, length x segments), but the first, which follows none."""
+    """By start, the solves of the segments of `input_ids`, (B, length x (1 + segments)); the first follows none."""
     layers = model.model.layers
     assert isinstance(layers, Equilibrium)
     stopping = StoppingRule(max_steps=60, rtol=rtol)
@@ -66,7 +66,7 @@ def row(name: str, rtol: float, found: list[Solution]) -> dict[str, Any]:
 def measure(arguments: argparse.Namespace) -> None:
     """Compare the starts, print and write the table."""
     model = load_benchmark_model(arguments.model, arguments.device)
-    input_ids = token_ids(arguments.model, arguments.device, length=arguments.length * arguments.segments)
+    input_ids = token_ids(arguments.model, arguments.device, length=arguments.length * (1 + arguments.segments))
     rows = [
         row(name, rtol, found)
         for rtol in (1e-2, 1e-3)
@@ -80,7 +80,7 @@ def measure(arguments: argparse.Namespace) -> None:
 def main() -> int:
     parser = benchmark_parser(__doc__, "starts")
     parser.add_argument("--length", type=count, default=64, help="positions of a segment; default: 64")
-    parser.add_argument("--segments", type=count, default=20, help="of a stream, 2 or more; default: 20")
+    parser.add_argument("--segments", type=count, default=20, help="of a stream, after a first one; default: 20")
     return run_benchmark(parser, measure)
 
 

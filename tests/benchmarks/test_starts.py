@@ -2,9 +2,14 @@
 
 import importlib
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
+import pytest
 import torch
 from tiny_model import VOCABULARY, make
+
+from deq_lm.errors import DataError
 
 FOLDER = Path(__file__).resolve().parents[2] / "eval" / "benchmarks"
 
@@ -38,3 +43,14 @@ def test_the_last_position_and_the_mean_are_everywhere(monkeypatch):
     assert torch.equal(made["the same position of the segment before"], z)
     assert torch.equal(made["the last position of the segment before"], z[:, [2, 2, 2]])
     assert torch.equal(made["the mean of the segment before"], z[:, [1, 1, 1]])
+
+
+def test_a_text_too_short_for_the_streams_is_refused(monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    cells = importlib.import_module("cells")
+    split = SimpleNamespace(tokens=np.arange(8 * 20, dtype=np.uint16))
+    monkeypatch.setattr(cells, "load_recipe", lambda _: SimpleNamespace(data=None))
+    monkeypatch.setattr(cells, "prepare", lambda _: SimpleNamespace(splits={"test": split}))
+    assert cells.token_ids(Path("run"), torch.device("cpu"), length=20)[1].tolist() == list(range(20, 40))
+    with pytest.raises(DataError, match=r"has 160 tokens, and 8 streams of 21 are 168\. Ask for fewer"):
+        cells.token_ids(Path("run"), torch.device("cpu"), length=21)
